@@ -1,0 +1,54 @@
+# Every target works on a fresh clone: what it needs is made first. Everything made is in .cache.
+#   PYTHON        interpreter for the environment (default: python3.11, else python3)
+#   VENV          the environment (default: .cache/venv)
+#   COMFYUI_PATH  a ComfyUI checkout to use (default: the one this pack sits in, else one is fetched)
+
+ifndef PYTHON
+PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+endif
+VENV ?= .cache/venv
+READY := $(VENV)/.ready
+FOUND := .cache/comfyui.found
+RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick bench aot clean FORCE
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^#   /  /p' Makefile; echo
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## environment with CPU torch, and a ComfyUI checkout (2 minutes the first time)
+
+demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (1 minute)
+	@$(RUN) $(VENV)/bin/python dev/demo.py
+
+test: $(READY) ## ruff and every test, those in a real ComfyUI too
+	$(VENV)/bin/ruff check .
+	$(RUN) REQUIRE_COMFYUI=1 $(VENV)/bin/pytest -q
+
+test-quick: $(READY) ## ruff and the tests that need no ComfyUI
+	$(VENV)/bin/ruff check .
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest -q -m "not host"
+
+bench: $(READY) ## the reference kernel against dense attention
+	$(VENV)/bin/python benchmarks/reference_vs_sdpa.py
+
+aot: $(READY) ## compile the Triton kernels ahead of time for every supported GPU
+	$(VENV)/bin/python dev/aot.py
+
+clean: ## remove everything that was made, .cache first of all
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The checkout and a checksum of what it asks for: rewritten only when one of them changes.
+$(FOUND): FORCE
+	@mkdir -p .cache
+	@$(PYTHON) dev/get_comfyui.py > $@.new
+	@cksum < "$$(head -n 1 $@.new)/requirements.txt" >> $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(READY): $(FOUND) dev/setup_env.sh dev/tv_cpu_hook.py requirements.txt
+	PYTHON="$(PYTHON)" dev/setup_env.sh "$(VENV)" "$$(head -n 1 $(FOUND))"
+	@touch $@

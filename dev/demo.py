@@ -1,0 +1,180 @@
+"""Run the shipped graph in a real ComfyUI server, dense and at several sparsities, and compare the results.
+
+    make demo          or, in an environment made by `make setup`:   python dev/demo.py
+
+The model is a tiny Wan with random weights and everything runs on the CPU: this shows that the nodes work,
+what they keep and how far the result moves, not how fast or how good they are on a real model. Same seed
+everywhere; the difference is the relative L2 distance between the sampled latent and the dense one.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_tiny
+from comfy_boot import PACK, find, version
+from comfy_server import Server, ServerError, stop_on_signals
+
+GRAPH = PACK / "workflows" / "api" / "wan_t2v_vsa.json"
+OUT = PACK / ".cache" / "demo"
+MODEL = "tiny_wan_t2v"
+PATCH, REPORT, SAMPLER, SAVE = "VideoSparseAttentionPatch", "SparseAttentionReport", "KSampler", "SaveLatent"
+SAME = 1e-4   # sparsity 0 keeps every tile: only the order of summation differs from dense
+
+
+def shown(path):
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def node(graph, class_type):
+    """The id of the one node of that class."""
+    ids = [key for key, value in graph.items() if value["class_type"] == class_type]
+    if len(ids) != 1:
+        raise SystemExit(f"{shown(GRAPH)}: wanted one {class_type} node, found {len(ids)}")
+    return ids[0]
+
+
+def bypass(graph, class_type, through):
+    """The graph without that node: what read its first output reads what was plugged into `through`."""
+    gone = node(graph, class_type)
+    source = graph[gone]["inputs"][through]
+    return {key: {**value, "inputs": {name: source if link == [gone, 0] else link
+                                      for name, link in value["inputs"].items()}}
+            for key, value in graph.items() if key != gone}
+
+
+def variants(graph, sparsities):
+    """(name, graph) for the dense run and for every sparsity."""
+    yield "dense", bypass(bypass(graph, REPORT, "latent"), PATCH, "model")
+    patch = node(graph, PATCH)
+    for sparsity in sparsities:
+        inputs = {**graph[patch]["inputs"], "sparsity": sparsity}
+        yield f"sparsity {sparsity:g}", {**graph, patch: {**graph[patch], "inputs": inputs}}
+
+
+class Progress:
+    """One line per run, rewritten in place on a terminal; remembers when the sampler started and ended."""
+
+    def __init__(self, name, sampler):
+        self.name, self.sampler, self.start, self.end = name, sampler, None, None
+
+    def __call__(self, node, value, maximum):
+        if node == self.sampler and self.start is None:
+            self.start = time.time()
+        elif node != self.sampler and self.start and self.end is None:
+            self.end = time.time()
+        if value is not None and sys.stdout.isatty():
+            print(f"\r{self.name}: step {value} of {maximum}\x1b[K", end="", flush=True)
+
+    def done(self):
+        self.end = self.end or time.time()
+        seconds = self.end - self.start
+        print(f"{chr(13) if sys.stdout.isatty() else ''}{self.name}: sampled in {seconds:.1f} s", flush=True)
+        return seconds
+
+
+def run(server, name, graph):
+    """(latent, seconds, what the report node recorded or None, PNG or None)"""
+    import safetensors.torch
+    progress = Progress(name, node(graph, SAMPLER))
+    outputs = server.run(graph, progress)["outputs"]
+    seconds = progress.done()
+    latent = safetensors.torch.load(server.view(outputs[node(graph, SAVE)]["latents"][0]))["latent_tensor"]
+    if name == "dense":
+        return latent, seconds, None, None
+    report = outputs.get(node(graph, REPORT), {})
+    if not report.get("sparse_attention"):
+        raise server.error(f"{name}: {REPORT} recorded nothing, its output was {json.dumps(report)[:500]}")
+    picture = server.view(report["images"][0]) if report.get("images") else None
+    return latent, seconds, report["sparse_attention"][0], picture
+
+
+def row(name, seconds, record, difference):
+    if record is None:
+        return [name, "", "", "", "", "", "", "", f"{seconds:.1f}"]
+    return [name, "x".join(map(str, record["grid"])), "x".join(map(str, record["tile"])),
+            f"{record['kept']} of {record['tiles']}", f"{record['density']:.1%}", record["backend"],
+            f"{record['sparse_calls']} / {sum(record['dense_calls'].values())}", f"{difference:.2e}", f"{seconds:.1f}"]
+
+
+def table(rows):
+    head = ["run", "token grid", "tile", "tiles kept", "density", "kernel", "sparse/dense calls",
+            "difference to dense", "seconds"]
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    for r in [head, ["-" * w for w in widths], *rows]:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                        for i, (cell, w) in enumerate(zip(r, widths, strict=True))).rstrip())
+
+
+def verdict(results):
+    """What is wrong with the results, as sentences; empty when all is well."""
+    wrong = []
+    for name, (difference, record) in results.items():
+        if name == "sparsity 0":
+            if not difference <= SAME:
+                wrong.append(f"{name}: keeps every tile, so wanted the dense result within {SAME:g}, "
+                             f"found {difference:.2e}")
+        elif record["sparse_calls"] == 0:
+            wrong.append(f"{name}: no attention call ran sparse; dense because: {record['dense_calls']}")
+        elif not 0 < difference < float("inf"):
+            wrong.append(f"{name}: wanted a finite result that differs from the dense one, found {difference}")
+    return wrong
+
+
+def checkpoint(comfyui):
+    """The folder with the tiny model, made now if it is not there for this ComfyUI."""
+    folder = make_tiny.folder_for(comfyui)
+    if not make_tiny.current(MODEL, folder):
+        print(f"making {MODEL} for ComfyUI {version(comfyui)}", flush=True)
+        subprocess.run([sys.executable, make_tiny.__file__, folder, "--comfyui", comfyui, "--only", MODEL],
+                       check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", help="checkout (default: as comfy_boot.locate finds it)")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.5, 0.9], metavar="X")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for everything (default %(default)s)")
+    args = parser.parse_args()
+    stop_on_signals()
+    comfyui = find(args.comfyui)
+    OUT.mkdir(parents=True, exist_ok=True)
+    graph, rows, results, tiles = json.loads(GRAPH.read_text()), [], {}, None
+    try:
+        folder = checkpoint(comfyui)
+        print(f"starting ComfyUI {version(comfyui)}", flush=True)
+        with Server(comfyui, models=folder, timeout=args.timeout, log=OUT / "server.log",
+                    flags=["--use-pytorch-cross-attention"]) as server:
+            for name, variant in variants(graph, args.sparsity):
+                latent, seconds, record, picture = run(server, name, variant)
+                if record is None:
+                    dense = latent.double()
+                    rows.append(row(name, seconds, None, None))
+                    continue
+                difference = float((latent.double() - dense).norm() / dense.norm())
+                rows.append(row(name, seconds, record, difference))
+                results[name] = difference, record
+                tiles = picture or tiles
+    except (ServerError, subprocess.CalledProcessError) as error:
+        print(f"\ndemo failed: {error}", file=sys.stderr)
+        return 1
+    print()
+    table(rows)
+    if tiles:
+        (OUT / "demo_tiles.png").write_bytes(tiles)
+        print(f"\ntile map of the last run: {shown(OUT / 'demo_tiles.png')}")
+    wrong = verdict(results)
+    for sentence in wrong:
+        print(f"demo failed: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped, the server too")

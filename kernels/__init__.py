@@ -1,0 +1,119 @@
+"""Executes a selection of key blocks: one public op over a table of kernels, best first.
+
+A selection is, for every block of 64 query slots, an ascending list of key blocks and its length. How the
+list came about, and what the tokens are, is not this package's business.
+"""
+from __future__ import annotations
+
+import torch
+
+from . import reference, triton
+from .spec import BLOCK, Call, KernelSpec, NoKernel
+
+__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "NoKernel",
+           "block_sparse_attention", "choose_kernel", "explain_kernels"]
+
+AUTO = "auto"
+KERNELS: tuple[KernelSpec, ...] = (triton.SPEC, reference.SPEC)
+
+
+def explain_kernels(call: Call, auto: bool = False) -> dict[str, str | None]:
+    """For every kernel in the order of preference: None if it runs `call`, else the reason why not."""
+    return {spec.name: spec.refusal(call, auto) for spec in KERNELS}
+
+
+def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None) -> KernelSpec:
+    """The first kernel that runs `call`, or the one that `backend` names.
+
+    exclude: kernels not to take, with the reason (one that failed earlier in this run).
+    Raises ValueError for a name that is not in the table, NoKernel with every reason when none can run.
+    """
+    exclude = exclude or {}
+    names = [spec.name for spec in KERNELS]
+    if backend != AUTO and backend not in names:
+        raise ValueError(f"unknown kernel {backend!r}: wanted {AUTO!r} or one of {', '.join(names)}")
+    reasons = {}
+    for spec in KERNELS:
+        if backend not in (AUTO, spec.name):
+            continue
+        reason = exclude.get(spec.name) or spec.refusal(call, auto=backend == AUTO)
+        if reason is None:
+            return spec
+        reasons[spec.name] = reason
+    if backend == AUTO:
+        advice = "Choose another backend by name, or dense attention."
+    else:
+        others = [name for name, reason in explain_kernels(call).items() if reason is None and name != backend]
+        advice = f"Choose {', '.join([AUTO, *others])}, or dense attention."
+    why = " · ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NoKernel(f"no kernel for this call: {why}. {advice}")
+
+
+def block_sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    indices: torch.Tensor, counts: torch.Tensor, block_sizes: torch.Tensor,
+    scale: float | None = None, backend: str = AUTO, return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of every query block over its own list of key blocks.
+
+    q: [B, Sq, H, D], k and v: [B, Skv, H, D], any strides with D contiguous; Sq = Nq*64 and Skv = Nkv*64.
+    indices: int32 [B, H, Nq, K], ascending in the first `counts` entries of a row; the rest is never read.
+    counts: int32 [B, H, Nq], 0..K.   block_sizes: int32 [Nkv], valid keys at the start of every block, 0..64.
+    scale: softmax scale, D**-0.5 when None.   backend: "auto" or the name of a kernel in KERNELS.
+    Returns out [B, Sq, H, D] in q's dtype, contiguous, and with return_lse also the natural log of the sum of
+    exponentials, float32 [B, H, Sq]. A row that sees no key gives 0 and -inf. Queries in padding slots are
+    computed like any other. A NaN in a query stays in its own row.
+    Raises ValueError for operands that break this contract, NoKernel when no kernel can run them.
+    """
+    check_operands(q, k, v, indices, counts, block_sizes)
+    spec = choose_kernel(Call.of(q), backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = _block_sparse_attention(q, k, v, indices, counts, block_sizes, scale, spec.name, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def check_operands(q, k, v, indices, counts, block_sizes) -> None:
+    """Raise ValueError unless shapes, dtypes and devices fit the contract. Looks at no tensor's values."""
+    def fail(found: str, wanted: str):
+        raise ValueError(f"block_sparse_attention: found {found}, wanted {wanted}")
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            fail(f"{name} {list(x.shape)}", "[batch, sequence, heads, head_dim]")
+        if x.shape[1] % BLOCK:
+            fail(f"{name} of {x.shape[1]} slots", f"a multiple of {BLOCK}")
+        if x.dtype != q.dtype or x.device != q.device:
+            fail(f"{name} in {x.dtype} on {x.device}", f"q's {q.dtype} on {q.device}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            fail(f"{name} with head_dim stride {x.stride(3)}", "head_dim contiguous (stride 1)")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+        fail(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
+             "k and v of one shape, with q's batch, heads and head_dim")
+    batch, slots, heads, _ = q.shape
+    rows = (batch, heads, slots // BLOCK)
+    if indices.ndim != 4 or tuple(indices.shape[:3]) != rows:
+        fail(f"indices {list(indices.shape)}", f"{[*rows, 'K']}")
+    if tuple(counts.shape) != rows:
+        fail(f"counts {list(counts.shape)}", f"{list(rows)}")
+    if tuple(block_sizes.shape) != (k.shape[1] // BLOCK,):
+        fail(f"block_sizes {list(block_sizes.shape)}", f"[{k.shape[1] // BLOCK}]")
+    for name, x in (("indices", indices), ("counts", counts), ("block_sizes", block_sizes)):
+        if x.dtype != torch.int32 or x.device != q.device:
+            fail(f"{name} in {x.dtype} on {x.device}", f"int32 on {q.device}")
+
+
+@torch.library.custom_op("video_sparse_attention::block_sparse_attention", mutates_args=())
+def _block_sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
+    block_sizes: torch.Tensor, scale: float, backend: str, return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = next(spec for spec in KERNELS if spec.name == backend)
+    out, lse = spec.load()(q, k, v, indices, counts, block_sizes, scale, return_lse)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@_block_sparse_attention.register_fake
+def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse):
+    batch, slots, heads, _ = q.shape
+    lse = (batch, heads, slots) if return_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)

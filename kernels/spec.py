@@ -1,0 +1,90 @@
+"""What a kernel can run, as data, and the sentence that says why it cannot.
+
+One `KernelSpec` per kernel. `refusal(call)` is the single predicate: choosing, explaining, raising and
+skipping tests all use its sentence.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 64
+"""Token slots in one block: the granularity at which every kernel selects queries and keys."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts about one attention call that decide which kernel can run it."""
+
+    device_type: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability of the device that holds the tensors, None off CUDA."""
+    dtype: torch.dtype
+    head_dim: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor) -> Call:
+        """The call that `q: [B, S, H, D]` makes, on the device it lies on."""
+        return cls.on(q.device, q.dtype, q.shape[-1])
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> Call:
+        """The call that tensors of this device, dtype and head_dim would make."""
+        capability = None
+        if device.type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(device)
+        return cls(device.type, capability, dtype, head_dim)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel's name, its limits, and how to load it.
+
+    `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse) -> (out, lse | None)` and is
+    the only place that imports what the kernel needs. `missing()` says what is not installed, or None.
+    """
+
+    name: str
+    load: Callable[[], Callable]
+    device_types: tuple[str, ...]
+    auto_device_types: tuple[str, ...]
+    """Where `auto` may take it: never where it would lose to dense attention."""
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, ...] | None = None
+    """None: any head_dim."""
+    min_capability: tuple[int, int] | None = None
+    missing: Callable[[], str | None] = lambda: None
+
+    def refusal(self, call: Call, auto: bool = False) -> str | None:
+        """Why this kernel does not run `call`, or None when it does. `auto` also asks whether it is worth it."""
+        if call.device_type not in self.device_types:
+            return f"tensors are on {call.device_type}, needs {_any_of(self.device_types)}"
+        if absent := self.missing():
+            return absent
+        if self.min_capability and call.capability is not None and call.capability < self.min_capability:
+            return f"GPU is sm_{_cc(call.capability)}, needs sm_{_cc(self.min_capability)} or newer"
+        if call.dtype not in self.dtypes:
+            return f"dtype {_dtype(call.dtype)} not in ({', '.join(map(_dtype, self.dtypes))})"
+        if self.head_dims is not None and call.head_dim not in self.head_dims:
+            return f"head_dim {call.head_dim} not in {self.head_dims}"
+        if auto and call.device_type not in self.auto_device_types:
+            return f"slower than dense attention on {call.device_type}; runs there only when chosen by name"
+        return None
+
+
+class NoKernel(RuntimeError):
+    """No kernel can run a call; the message holds one reason per kernel."""
+
+
+def _cc(capability: tuple[int, int]) -> str:
+    return "{}{}".format(*capability)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return " or ".join(names)

@@ -1,0 +1,60 @@
+"""How many warps and pipeline stages a card gets: a literal table, so nothing is tuned while a user waits.
+
+Chosen from compiled code without a GPU (`dev/aot.py`): no spills, then as many programs per multiprocessor as
+registers allow, then the deepest pipeline that does not cost one of them. Not yet measured.
+"""
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    num_warps: int
+    num_stages: int
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# 99 KB of shared memory (8.6, 8.9, 12.0) hold two programs of head_dim 128 at 48 KB with 2 stages, only one with 3.
+# On 12.0 that loop spills with 2; with 1 stage (24 KB) it does not, and two programs still fit.
+CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
+    ((8, 0), 64, BF16): Config(4, 3),
+    ((8, 0), 64, FP16): Config(4, 3),
+    ((8, 0), 128, BF16): Config(4, 3),
+    ((8, 0), 128, FP16): Config(4, 3),
+    ((8, 6), 64, BF16): Config(4, 3),
+    ((8, 6), 64, FP16): Config(4, 3),
+    ((8, 6), 128, BF16): Config(4, 2),
+    ((8, 6), 128, FP16): Config(4, 2),
+    ((8, 9), 64, BF16): Config(4, 3),
+    ((8, 9), 64, FP16): Config(4, 3),
+    ((8, 9), 128, BF16): Config(4, 2),
+    ((8, 9), 128, FP16): Config(4, 2),
+    ((9, 0), 64, BF16): Config(4, 2),
+    ((9, 0), 64, FP16): Config(4, 2),
+    ((9, 0), 128, BF16): Config(4, 3),
+    ((9, 0), 128, FP16): Config(4, 3),
+    ((12, 0), 64, BF16): Config(4, 3),
+    ((12, 0), 64, FP16): Config(4, 3),
+    ((12, 0), 128, BF16): Config(4, 1),
+    ((12, 0), 128, FP16): Config(4, 1),
+}
+
+DEFAULT = Config(4, 2)
+"""For cards not in the table; its shared memory fits every card from sm_80 on."""
+
+
+@cache
+def config_for(capability: tuple[int, int] | None, head_dim: int, dtype: torch.dtype) -> Config:
+    """The table's entry for this card, else that of the newest listed card below it with the same major number.
+
+    capability: compute capability, None off CUDA. Cards of a generation that is not listed get `DEFAULT`.
+    """
+    if capability is None:
+        return DEFAULT
+    kin = [card for card, dim, kind in CONFIGS
+           if card[0] == capability[0] and card <= capability and (dim, kind) == (head_dim, dtype)]
+    return CONFIGS[max(kin), head_dim, dtype] if kin else DEFAULT

@@ -1,0 +1,59 @@
+"""The node "Sparse Attention Report": what the last sampling of a patched model did, in words and as a picture."""
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+
+from .hook import SparseAttentionHook
+from .status import status_text
+from .tile_map import draw_tile_map
+
+
+class SparseAttentionReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SparseAttentionReport",
+            display_name="Sparse Attention Report",
+            category="model/patch",
+            description=(
+                "Reports what sparse attention did in the sampling that made this latent: grid, tiles, density, "
+                "kernel, calls, milliseconds, and a picture of the tiles that the middle of the clip looks at."),
+            search_aliases=["VSA report", "tile map", "sparsity report"],
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[
+                io.Latent.Input("latent", tooltip="The sampler's output: it makes this node wait for the sampling."),
+                io.Model.Input("model", tooltip="The patched model that the sampler used."),
+            ],
+            outputs=[io.Latent.Output(), io.String.Output("report"), io.Image.Output("tile_map")],
+        )
+
+    @classmethod
+    def execute(cls, latent, model) -> io.NodeOutput:
+        hooks = SparseAttentionHook.of(model)
+        if not hooks:
+            raise ValueError("found a model without sparse attention: wanted the output of a sparse attention node, "
+                             "the same one that the sampler uses")
+        runs = [(hook, hook.last_run) for hook in hooks if hook.last_run is not None]
+        if not runs:
+            raise ValueError("this model has not been sampled yet: connect `latent` to the output of the sampler "
+                             "that uses it")
+        report = "\n".join(status_text(run, hook.settings.verbose) for hook, run in runs)
+        image, shown = _picture([run for _, run in runs])
+        previews = ui.PreviewImage(image, cls=cls).as_dict() if shown else {}
+        entries = [entry for _, run in runs for entry in run.summary()]
+        return io.NodeOutput(latent, report, image, ui={**previews, "text": [report], "sparse_attention": entries})
+
+
+def _picture(runs) -> tuple[torch.Tensor, bool]:
+    """The map of the last grid that ran sparse; a grey pixel when none did."""
+    records = [record for run in runs for record in run.records.values() if record.tile_map is not None]
+    if not records:
+        return torch.full((1, 1, 1, 3), 0.5), False
+    record = records[-1]
+    x = "x".join
+    caption = (f"grid {x(map(str, record.grid.thw))} tokens, tile {x(map(str, record.facts['tile']))}, "
+               f"{record.facts['kept']} of {record.facts['tiles']} tiles kept per query tile, "
+               f"density {record.density:.1%}, kernel {record.kernel}")
+    return draw_tile_map(record.tile_map, caption), True

@@ -1,0 +1,130 @@
+"""What one sampling did: calls counted by outcome, time by kind, and the plans that its layers share."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vsa_core.grid import TokenGrid
+
+SPARSE, DENSE, OTHER = "sparse", "dense", "other"
+"""Kinds of attention calls: video self-attention run sparse, the same run dense, and everything else."""
+
+
+@dataclass
+class GridRecord:
+    """One token grid that ran sparse."""
+
+    grid: TokenGrid
+    facts: dict[str, Any]
+    """What the method says of its plan: tile, tiles, kept, work, ..."""
+    kernel: str
+    calls: int = 0
+    densities: list[Tensor] = field(default_factory=list)
+    """Kept share of query-key pairs, one scalar per sampled call."""
+    tile_map: Tensor | None = None
+    """[Nt, Nh, Nw] share of heads that keep each tile, for the query tile in the middle."""
+
+    @property
+    def density(self) -> float | None:
+        return torch.stack([x.float().cpu() for x in self.densities]).mean().item() if self.densities else None
+
+
+class Run:
+    """The counters, timers and plans of one sampling."""
+
+    def __init__(self, method_name: str):
+        self.method_name = method_name
+        self.started = time.perf_counter()
+        self.plans: dict[Any, Any] = {}
+        self.records: dict[Any, GridRecord] = {}
+        self.failed: dict[str, str] = {}
+        """Kernels that raised in this run, with what they said."""
+        self.dense: Counter[str] = Counter()
+        self.other: Counter[str] = Counter()
+        self.layers: dict[Any, Counter[str]] = defaultdict(Counter)
+        self.notes: list[str] = []
+        self.steps = 0
+        self.sampled_step = -1
+        self._not_finite: list[Tensor] = []
+        self._spans: list[tuple[str, Any, Any, Any]] = []
+        self._calls_ms: dict[str, list[float]] | None = None
+
+    def note(self, text: str) -> None:
+        """Keep a sentence for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @contextmanager
+    def timed(self, kind: str, layer: Any, device: torch.device):
+        """Count the time of the block under `kind`. On CUDA nothing waits: events are read when the run ends."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(torch.cuda.current_stream(device))
+            yield
+            end.record(torch.cuda.current_stream(device))
+            self._spans.append((kind, layer, start, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._spans.append((kind, layer, start, time.perf_counter()))
+
+    def watch_finite(self, *tensors: Tensor) -> None:
+        """Remember, without waiting for the device, whether the tensors hold NaN or infinity."""
+        self._not_finite.append(torch.stack([~torch.isfinite(x).all() for x in tensors]).any())
+
+    def finish(self) -> None:
+        """Read the timers, release every tensor on the device, keep the numbers."""
+        if self._calls_ms is not None:
+            return
+        self._calls_ms, self.layer_ms = defaultdict(list), Counter()
+        for kind, layer, start, end in self._spans:
+            if isinstance(start, float):
+                elapsed = (end - start) * 1e3
+            else:
+                end.synchronize()
+                elapsed = start.elapsed_time(end)
+            self._calls_ms[kind].append(elapsed)
+            self.layer_ms[layer, kind] += elapsed
+        self._spans.clear()
+        if any(bool(flag) for flag in self._not_finite):
+            self.note("NaN or infinity came in with q, k or v: the model's activations were broken before attention")
+        self._not_finite.clear()
+        self.plans.clear()
+        for record in self.records.values():
+            record.densities = [x.cpu() for x in record.densities]
+            record.tile_map = None if record.tile_map is None else record.tile_map.cpu()
+        self.seconds = time.perf_counter() - self.started
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(record.calls for record in self.records.values())
+
+    def milliseconds(self, kind: str) -> float:
+        """Time inside attention calls of this kind, known once the run has ended."""
+        return sum((self._calls_ms or {}).get(kind, ()))
+
+    def median_ms(self, kind: str) -> float:
+        """Median time of one call of this kind: the first calls, which compile kernels, do not move it."""
+        return statistics.median((self._calls_ms or {}).get(kind) or (0.0,))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """The run in plain numbers, one entry per grid (one without a grid when nothing ran sparse)."""
+        shared = {
+            "method": self.method_name, "steps": self.steps,
+            "dense_calls": dict(self.dense), "other_calls": dict(self.other),
+            "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
+            "other_ms": self.milliseconds(OTHER), "sparse_ms_per_call": self.median_ms(SPARSE),
+            "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds, "notes": list(self.notes)}
+        if not self.records:
+            return [{"grid": None, "sparse_calls": 0, "backend": None, **shared}]
+        return [{
+            "grid": list(record.grid.thw), "prefix": record.grid.prefix, "suffix": record.grid.suffix,
+            **record.facts, "density": record.density, "backend": record.kernel, "sparse_calls": record.calls,
+            **shared} for record in self.records.values()]

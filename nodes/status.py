@@ -1,0 +1,61 @@
+"""A run in words: the text under the node, the log line, and the report."""
+from __future__ import annotations
+
+from .run import DENSE, SPARSE, Run
+
+
+def status_text(run: Run, verbose: bool = False) -> str:
+    """What ran, how fast, on which grid, and why the rest ran dense: short lines, the most wanted first."""
+    entries = [entry for entry in run.summary() if entry["grid"]]
+    lines = [_kept_line(entry) for entry in entries] or [f"{run.method_name}: nothing ran sparse"]
+    lines += _time_lines(run)
+    lines.append(f"{run.sparse_calls} sparse calls, {run.dense.total()} dense" + _reasons(run.dense))
+    lines += [_grid_line(entry) for entry in entries]
+    if run.other:
+        lines.append(f"not the clip's self-attention, left alone: {_listed(run.other)}")
+    lines += run.notes
+    if verbose:
+        lines += _layer_lines(run)
+    return "\n".join(lines)
+
+
+def _kept_line(entry: dict) -> str:
+    density = "" if entry["density"] is None else f" ({entry['density']:.1%} of pairs)"
+    return f"{entry['method']}: {entry['kept']} of {entry['tiles']} tiles{density}, {entry['backend']}"
+
+
+def _grid_line(entry: dict) -> str:
+    others = "".join(f" + {entry[side]} {side}" for side in ("prefix", "suffix") if entry[side])
+    return f"grid {_x(entry['grid'])}{others}, tile {_x(entry['tile'])}"
+
+
+def _time_lines(run: Run) -> list[str]:
+    sparse, dense = (run.median_ms(kind) for kind in (SPARSE, DENSE))
+    lines = []
+    if sparse and dense and len(run.records) == 1:
+        lines.append(f"{dense / sparse:.2f}x as fast per call: {sparse:.2f} ms, dense {dense:.2f} ms (medians)")
+    spent = [f"{kind} {run.milliseconds(kind):.0f} ms" for kind, ms in ((SPARSE, sparse), (DENSE, dense)) if ms]
+    if spent:
+        lines.append(f"inside attention: {', '.join(spent)}")
+    return lines
+
+
+def _layer_lines(run: Run) -> list[str]:
+    lines = []
+    for layer, counts in sorted(run.layers.items(), key=lambda item: (item[0] is None, item[0])):
+        ms = {kind: run.layer_ms[layer, kind] for kind in (SPARSE, DENSE)}
+        spent = ", ".join(f"{kind} {value:.1f} ms" for kind, value in ms.items() if value)
+        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)}; {spent}")
+    return lines
+
+
+def _reasons(counts) -> str:
+    return f" ({_listed(counts)})" if counts else ""
+
+
+def _listed(counts) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def _x(thw) -> str:
+    return "x".join(map(str, thw))

@@ -1,0 +1,79 @@
+"""What the user sees: text under the node, the report node, the picture."""
+import pytest
+import torch
+
+
+@pytest.fixture
+def shown(comfyui, monkeypatch):
+    """Texts that went under a node, as (node id, text)."""
+    import server
+    texts = []
+
+    class Server:
+        def send_progress_text(self, text, node_id, sid=None):
+            texts.append((node_id, text))
+    monkeypatch.setattr(server.PromptServer, "instance", Server(), raising=False)
+    return texts
+
+
+def node(model, node_id, **widgets):
+    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch, read_settings
+    given = dict(sparsity=0.5, tile_size="auto", backend="auto", start_percent=0.0, end_percent=1.0, dense_blocks="0",
+                 min_tokens=0, strict=False, verbose=False)
+    assert VideoSparseAttentionPatch.define_schema().node_id == "VideoSparseAttentionPatch"
+    return SparseAttentionHook.install(model, *read_settings(**{**given, **widgets}), node_id)
+
+
+def test_the_node_shows_grid_tile_density_kernel_calls_and_time_after_every_run(wan, draw, shown):
+    patched = node(wan, "7")
+    draw(patched)
+    draw(patched)
+    assert [node_id for node_id, _ in shown] == ["7", "7"]
+    text = shown[-1][1]
+    for part in ("VSA: 2 of 4 tiles (", "% of pairs), reference", "x as fast per call", "grid 5x5x6, tile 3x5x3",
+                 "2 sparse calls, 2 dense (dense_blocks 2)", "left alone: cross-attention 4",
+                 "inside attention: sparse"):
+        assert part in text
+    assert "layer" not in text
+
+
+def test_verbose_adds_a_line_per_layer(wan, draw, shown):
+    draw(node(wan, "7", verbose=True))
+    assert "layer 0: dense_blocks 2; dense" in shown[-1][1] and "layer 1: sparse 2; sparse" in shown[-1][1]
+
+
+def test_a_run_without_a_sparse_call_says_so_and_why(wan, draw, shown):
+    draw(node(wan, "7", min_tokens=10000))
+    assert "nothing ran sparse" in shown[-1][1] and "fewer than 10000 tokens 4" in shown[-1][1]
+
+
+def test_the_density_is_the_share_of_query_key_pairs_that_the_lists_keep(wan, vsa, run_of, draw):
+    patched = vsa(wan, 0.5, tile_size="4x4x4")
+    draw(patched, (8, 16, 16))                      # whole tiles only: 4 of 8
+    entry = run_of(patched).summary()[0]
+    assert entry["kept"] == 4 and entry["tiles"] == 8
+    assert entry["density"] == pytest.approx(0.5, abs=1e-6) and entry["work"] == pytest.approx(0.5)
+
+
+def test_the_report_node_gives_text_numbers_and_a_picture(wan, vsa, draw):
+    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.report import SparseAttentionReport, _picture
+    patched = vsa(wan, 0.5)
+    latent = {"samples": draw(patched, (7, 14, 18))}
+    run = SparseAttentionHook.of(patched)[0].last_run
+    image, shown = _picture([run])
+    assert shown and image.ndim == 4 and image.shape[-1] == 3 and 0 <= image.min() and image.max() <= 1
+    assert image.unique().numel() > 3
+    assert SparseAttentionReport.define_schema().node_id == "SparseAttentionReport"
+    assert torch.is_tensor(latent["samples"])
+    tile_map = next(iter(run.records.values())).tile_map
+    assert tile_map.sum().item() == pytest.approx(run.summary()[0]["kept"])
+
+
+def test_the_report_node_refuses_a_model_that_is_not_patched_or_not_sampled(wan, vsa):
+    from pack.nodes.report import SparseAttentionReport
+    with pytest.raises(ValueError, match="found a model without sparse attention"):
+        SparseAttentionReport.execute({"samples": None}, wan)
+    with pytest.raises(ValueError, match="has not been sampled yet"):
+        SparseAttentionReport.execute({"samples": None}, vsa(wan))

@@ -1,0 +1,84 @@
+"""What a sparse attention method consists of. Names and signatures: FastVideo, attention/backends/abstract.py."""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import torch
+
+
+class AttentionBackend(ABC):
+    """Ties together the four classes of one method."""
+
+    accept_output_buffer: bool = False
+
+    @staticmethod
+    @abstractmethod
+    def get_name() -> str: ...
+
+    @staticmethod
+    @abstractmethod
+    def get_impl_cls() -> type[AttentionImpl]: ...
+
+    @staticmethod
+    @abstractmethod
+    def get_metadata_cls() -> type[AttentionMetadata]: ...
+
+    @staticmethod
+    @abstractmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]: ...
+
+    @staticmethod
+    def get_supported_head_sizes() -> list[int]:
+        """Head sizes that the method's GPU kernels take; the reference kernel takes any."""
+        return [64, 128]
+
+
+@dataclass
+class AttentionMetadata:
+    """What a forward pass needs besides q, k and v. Built once per shape, used by every layer."""
+
+    current_timestep: int
+
+    def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
+        """The fields as a dict that shares every value with this object."""
+        skip = skip_fields or set()
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in skip}
+
+
+T = TypeVar("T", bound=AttentionMetadata)
+
+
+class AttentionMetadataBuilder(ABC, Generic[T]):
+    """Makes metadata with its tensors on the device."""
+
+    @abstractmethod
+    def __init__(self) -> None: ...
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Get ready for one batch."""
+
+    @abstractmethod
+    def build(self, **kwargs: Any) -> T: ...
+
+
+class AttentionImpl(ABC, Generic[T]):
+    """The method itself: preprocess_qkv, forward, postprocess_output, in this order."""
+
+    @abstractmethod
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, causal: bool = False,
+                 num_kv_heads: int | None = None, prefix: str = "", **extra_impl_args) -> None: ...
+
+    def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T) -> torch.Tensor:
+        """Bring stacked q, k, v [n*B, S, H, D] into the order that `forward` works in."""
+        return qkv
+
+    def postprocess_output(self, output: torch.Tensor, attn_metadata: T) -> torch.Tensor:
+        """Bring the output [B, S, H, D] back into the order of the sequence."""
+        return output
+
+    @abstractmethod
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T) -> torch.Tensor:
+        """Attention on [B, S, H, D] tensors in the method's own order."""
