@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,8 +37,8 @@ class Method(Protocol):
     def facts(self, plan: Any) -> dict[str, Any]:
         """Plain numbers for the report: tile, tiles, kept, work."""
 
-    def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, kernel: str, record: GridRecord | None) -> Tensor:
-        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `record` when one is given."""
+    def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record` when there is one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Settings:
     verbose: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
     """One forward pass of the model, as its attention calls need it."""
 
@@ -61,7 +61,29 @@ class Step:
     net: Any
     call: ModelCall
     scheduled: bool
+    """Whether the schedule lets this pass run sparse."""
     number: int
+    """Forward passes of this run, this one included."""
+    index: int = 0
+    """Place of this pass's sigma in the sampling schedule, 0 .. total - 1."""
+    total: int = 1
+    """Steps in the sampling schedule."""
+    seen: int = 0
+    """The clip's self-attention calls in this pass so far."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One sparse attention call, as the method needs it."""
+
+    kernel: str
+    layer: int | None
+    layers: int | None
+    step: Step
+    options: dict[str, Any]
+    """The call's transformer_options."""
+    record: GridRecord | None
+    """Where to put the density of this call, when it is sampled."""
 
 
 class SparseAttentionHook:
@@ -191,7 +213,7 @@ class SparseAttentionHook:
         high, low = self.settings.schedule.sigmas(base.model_sampling.percent_to_sigma)
         sigma = float(options["sigmas"].max()) if "sigmas" in options else float(t.max())
         run.steps += 1
-        step = Step(run, base.diffusion_model, call, low <= sigma <= high, run.steps)
+        step = Step(run, base.diffusion_model, call, low <= sigma <= high, run.steps, *_place(sigma, options))
         options = {**options, self._step_key: step}
         if len(args) > 3:
             args[3] = options
@@ -210,17 +232,20 @@ class SparseAttentionHook:
         names = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         skip_reshape = given.get("skip_reshape", False)
-        layer, run = options.get("block_index"), step.run
+        run = step.run
 
-        grid = self._grid(step, options, q, k, heads, skip_reshape, given)
+        grid = self._grid(step, options, q, k, given)
         if isinstance(grid, str):
             run.other[grid] += 1
-            with run.timed(OTHER, layer, q.device):
+            with run.timed(OTHER, None, q.device):
                 return self._dense(func, options, q, k, v, heads, *args, **kwargs)
-        reason = self._reason_for_dense(step, options, grid, layer)
+        layer, layers = self.family.layer(step.net, options, step.seen)
+        step.seen += 1
+        reason = self._reason_for_dense(step, grid, layer, layers)
         if reason is None:
             qkv = tuple(to_bshd(x, heads, skip_reshape) for x in (q, k, v))
-            out, reason = self._sparse(step, grid, layer, *qkv, given.get("scale"))
+            call = LayerCall("", layer, layers, step, options, None)
+            out, reason = self._sparse(call, grid, *qkv, given.get("scale"))
             if out is not None:
                 run.layers[layer][SPARSE] += 1
                 return from_bshd(out, given.get("skip_output_reshape", False))
@@ -239,11 +264,10 @@ class SparseAttentionHook:
         finally:
             self._inside.dense = False
 
-    def _grid(self, step: Step, options, q, k, heads, skip_reshape, given) -> TokenGrid | str:
+    def _grid(self, step: Step, options, q, k, given) -> TokenGrid | str:
         """Where the clip's tokens lie in this call, or what else the call is."""
-        axis = -2
-        tokens = q.shape[axis]
-        if k.shape[axis] != tokens:
+        tokens = q.shape[-2]
+        if k.shape[-2] != tokens:
             return "cross-attention"
         if k.shape != q.shape or given.get("enable_gqa"):
             return "fewer key heads than query heads"
@@ -255,20 +279,20 @@ class SparseAttentionHook:
             return "as many tokens as the text: self- or cross-attention"
         return self.family.locate(step.net, step.call, options, tokens)
 
-    def _reason_for_dense(self, step: Step, options, grid: TokenGrid, layer) -> str | None:
+    def _reason_for_dense(self, step: Step, grid: TokenGrid, layer, layers) -> str | None:
         if grid.thw[0] == 1:
             return "one frame"
         if grid.num_video_tokens < self.settings.min_tokens:
             return f"fewer than {self.settings.min_tokens} tokens"
         if not step.scheduled:
             return "outside start_percent..end_percent"
-        if layer is not None and self.settings.dense_blocks.contains(layer, options.get("total_blocks")):
+        if layer is not None and self.settings.dense_blocks.contains(layer, layers):
             return "dense_blocks"
         return None
 
-    def _sparse(self, step: Step, grid: TokenGrid, layer, q, k, v, scale) -> tuple[Tensor | None, str | None]:
+    def _sparse(self, call: LayerCall, grid: TokenGrid, q, k, v, scale) -> tuple[Tensor | None, str | None]:
         """The sparse result, or None and why the call has to run dense."""
-        run = step.run
+        run = call.step.run
         if scale is not None and abs(scale - q.shape[-1] ** -0.5) > 1e-6 * scale:
             return None, "softmax scale other than head_dim ** -0.5"
         while True:
@@ -280,7 +304,7 @@ class SparseAttentionHook:
                 run.note(str(error))
                 return None, "no kernel"
             try:
-                return self._run_kernel(step, grid, layer, spec.name, q, k, v), None
+                return self._run_kernel(replace(call, kernel=spec.name), grid, q, k, v), None
             except torch.OutOfMemoryError:
                 run.plans.clear()
                 run.note("the sparse path ran out of memory; those calls ran dense")
@@ -292,22 +316,32 @@ class SparseAttentionHook:
                 run.failed[spec.name] = f"failed in this run: {type(error).__name__}: {error}"
                 log.warning("[%s] kernel %s failed", self.method.name, spec.name, exc_info=True)
 
-    def _run_kernel(self, step: Step, grid: TokenGrid, layer, kernel: str, q, k, v) -> Tensor:
-        run = step.run
-        with run.timed(SPARSE, layer, q.device):
+    def _run_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v) -> Tensor:
+        run, kernel, step = call.step.run, call.kernel, call.step
+        with run.timed(SPARSE, call.layer, q.device):
             key = (grid, q.device)
             if key not in run.plans:
                 run.plans[key] = self.method.plan(grid, q.device)
             plan = run.plans[key]
             record = run.records.get((grid, kernel)) or GridRecord(grid, self.method.facts(plan), kernel)
             sampled = run.sampled_step != step.number
-            out = self.method.attend(plan, q, k, v, kernel, record if sampled or self.settings.verbose else None)
+            watched = record if sampled or self.settings.verbose else None
+            out = self.method.attend(plan, q, k, v, replace(call, record=watched))
         if sampled:
             run.sampled_step = step.number
             run.watch_finite(q, k, v)
         record.calls += 1
         run.records[grid, kernel] = record
         return out
+
+
+def _place(sigma: float, options: dict[str, Any]) -> tuple[int, int]:
+    """(index, number of steps) of a sigma in the sampling schedule; between two entries the nearer one counts."""
+    sigmas = options.get("sample_sigmas")
+    if sigmas is None or len(sigmas) < 2:
+        return 0, 1
+    steps = [abs(value - sigma) for value in sigmas.tolist()[:-1]]
+    return steps.index(min(steps)), len(steps)
 
 
 def show_under_node(text: str, node_id: str | None) -> None:

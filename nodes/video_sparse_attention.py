@@ -18,7 +18,7 @@ from ..vsa_core.backends.video_sparse_attn import (
 from ..vsa_core.grid import Thw, TokenGrid
 from ..vsa_core.schedule import Schedule, parse_dense_blocks
 from ..vsa_core.tiling import auto_tile_size, parse_tile_size
-from .hook import Settings, SparseAttentionHook
+from .hook import LayerCall, Settings, SparseAttentionHook
 from .run import GridRecord
 
 AUTO_TILE = "auto"
@@ -47,10 +47,10 @@ class VideoSparseMethod:
         return {"tile": list(plan.tile_size), "tiles": math.prod(plan.num_tiles), "kept": plan.topk,
                 "sparsity": self.sparsity, "work": computed / plan.total_seq_length ** 2}
 
-    def attend(self, plan: VideoSparseAttentionMetadata, q: Tensor, k: Tensor, v: Tensor, kernel: str,
-               record: GridRecord | None) -> Tensor:
+    def attend(self, plan: VideoSparseAttentionMetadata, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        record = call.record
         on_selection = None if record is None else lambda tiles, md: _observe(tiles, md, record)
-        impl = VideoSparseAttentionImpl(q.shape[2], q.shape[3], backend=kernel, on_selection=on_selection)
+        impl = VideoSparseAttentionImpl(q.shape[2], q.shape[3], backend=call.kernel, on_selection=on_selection)
         tiled = impl.tile_parts((q, k, v), plan)
         return impl.postprocess_output(impl.forward(*tiled.chunk(3), None, plan), plan)
 

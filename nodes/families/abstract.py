@@ -34,6 +34,12 @@ class VideoFamily(Protocol):
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         """The facts of a forward pass, from what the model is called with."""
 
+    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+        """(index of the transformer block that calls, number of blocks), None where not known.
+
+        seen: how many of the clip's self-attention calls this forward pass has made before this one.
+        """
+
     def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int) -> TokenGrid | str:
         """Where the video tokens lie in a self-attention of num_tokens tokens, or why that is not known.
 

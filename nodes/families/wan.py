@@ -21,6 +21,9 @@ class Wan:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.dim // net.num_heads
 
+    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+        return options.get("block_index"), options.get("total_blocks", len(net.blocks))
+
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         contexts = {x.shape[1] for x in (context, conds.get("clip_fea")) if x is not None}
         return ModelCall(
