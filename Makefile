@@ -21,7 +21,7 @@ help: ## this list
 
 setup: $(READY) ## environment with CPU torch, and a ComfyUI checkout (2 minutes the first time)
 
-demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (1 minute)
+demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (half a minute after setup)
 	@$(RUN) $(VENV)/bin/python dev/demo.py
 
 test: $(READY) ## ruff and every test, those in a real ComfyUI too

@@ -26,8 +26,9 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
         return out, lse
     per_row = longest * BLOCK * 2 * (dim + BLOCK) * torch.finfo(compute).bits // 8
     step = max(1, _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES_ELSEWHERE) // per_row)
-    bias = _padding_bias(block_sizes, compute)                              # [Nkv, 64]
     ragged = int(counts.min()) < longest
+    bias = _padding_bias(block_sizes, compute, empty_block=ragged)
+    unlisted = block_sizes.numel()
     place = torch.arange(longest, device=q.device)
     for b in range(batch):
         for h in range(heads):
@@ -35,16 +36,11 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
             for first in range(0, num_q, step):
                 rows = slice(first, min(first + step, num_q))
                 slots = slice(first * BLOCK, rows.stop * BLOCK)
-                picked, offset = indices[b, h, rows, :longest], None        # [n, K]
+                picked = indices[b, h, rows, :longest]                      # [n, K]
                 if ragged:
-                    listed = place < counts[b, h, rows, None]
-                    picked = torch.where(listed, picked, 0)
+                    picked = torch.where(place < counts[b, h, rows, None], picked, unlisted)
                 picked = picked.flatten().long()
-                if bias is not None or ragged:
-                    offset = keys.new_zeros(picked.numel(), BLOCK) if bias is None else bias[picked]
-                    if ragged:
-                        offset.masked_fill_(~listed.flatten()[:, None], -torch.inf)
-                    offset = offset.view(rows.stop - first, 1, longest * BLOCK)
+                offset = None if bias is None else bias[picked].view(rows.stop - first, 1, longest * BLOCK)
                 queries = q[b, slots, h].to(compute).mul(scale).view(-1, BLOCK, dim)
                 rows_out, rows_lse = _softmax_attention(
                     queries, _gather(keys, picked, queries), _gather(values, picked, queries), offset)
@@ -54,8 +50,13 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
     return out, lse
 
 
-def _padding_bias(block_sizes, dtype):
-    """[Nkv, 64]: 0 for a valid key, -inf for padding; None when every block is full."""
+def _padding_bias(block_sizes, dtype, empty_block):
+    """[Nkv, 64]: 0 for a valid key, -inf for padding; None when every block is full.
+
+    empty_block: with one more block, all padding, for the places behind the end of a list.
+    """
+    if empty_block:
+        block_sizes = torch.nn.functional.pad(block_sizes, (0, 1))
     valid = torch.arange(BLOCK, device=block_sizes.device) < block_sizes[:, None]
     if bool(valid.all()):
         return None
@@ -63,10 +64,12 @@ def _padding_bias(block_sizes, dtype):
 
 
 def _blocks(x, bias, dtype):
-    """One head's keys or values as contiguous blocks, padding zeroed.   [S, D] -> [S/64, 64, D]"""
+    """One head's keys or values as contiguous blocks, padding zeroed.   [S, D] -> [blocks of bias, 64, D]"""
     blocks = x.to(dtype).reshape(-1, BLOCK, x.shape[-1])
     if bias is None:
         return blocks.contiguous()
+    if len(bias) > len(blocks):
+        blocks = torch.cat([blocks, blocks.new_zeros(1, BLOCK, x.shape[-1])])
     return torch.where((bias == 0)[..., None], blocks, 0)
 
 

@@ -205,7 +205,7 @@ def blocks_of_64(thw, tile):
 
 def is_compact(thw, tile):
     cut = [side for side, size in zip(tile, thw) if side < size]
-    return not cut or max(cut) <= 2 * min(cut)
+    return not cut or max(tile) <= 2 * min(cut)
 
 
 def check_auto_tile(thw):
