@@ -104,8 +104,9 @@ def main():
     results = {"sparse": seconds(lambda: sparse(md), args.repeats), "dense": seconds(dense, args.repeats)}
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"grid {'x'.join(map(str, grid))} = {tokens} tokens, {args.heads} heads, D {args.dim}, float32, sparsity "
-          f"{args.sparsity}: {md.topk} of {md.variable_block_sizes.numel()} tiles; sparsity 0 is {error:.1e} from dense")
+    print(f"grid {'x'.join(map(str, grid))} = {tokens} tokens, {args.heads} heads, D {args.dim}, float32, "
+          f"sparsity {args.sparsity}: {md.topk} of {md.variable_block_sizes.numel()} tiles; "
+          f"sparsity 0 is {error:.1e} from dense")
     for name, times in results.items():
         print(f"  {name:7s} median {statistics.median(times):.3f} s, {min(times):.3f} to {max(times):.3f} s "
               f"({len(times)} runs)")

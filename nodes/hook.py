@@ -305,7 +305,7 @@ class SparseAttentionHook:
                 return None, "no kernel"
             try:
                 return self._run_kernel(replace(call, kernel=spec.name), grid, q, k, v), None
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 run.plans.clear()
                 run.note("the sparse path ran out of memory; those calls ran dense")
                 return None, "out of memory"

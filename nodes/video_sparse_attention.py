@@ -35,10 +35,11 @@ class VideoSparseMethod:
     name: str = "VSA"
 
     def plan(self, grid: TokenGrid, device: torch.device) -> VideoSparseAttentionMetadata:
+        # No reused tile buffer: between layers it would hold three q-sized tensors that the host needs for itself.
         return VideoSparseAttentionMetadataBuilder().build(
             current_timestep=0, raw_latent_shape=grid.thw, patch_size=(1, 1, 1), VSA_sparsity=self.sparsity,
             device=device, tile_size=self.tile_size or auto_tile_size(grid.thw), prefix=grid.prefix,
-            suffix=grid.suffix)
+            suffix=grid.suffix, cache_tile_buf=False)
 
     def facts(self, plan: VideoSparseAttentionMetadata) -> dict[str, Any]:
         others = plan.padded_seq_length - plan.num_video_slots

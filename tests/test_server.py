@@ -1,0 +1,146 @@
+"""The pack in a real, running ComfyUI server: what the page finds, and what a prompt gets."""
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+PACK = "video-sparse-attention"
+CHECKPOINTS = {"wan_t2v_vsa": "tiny_wan_t2v"}
+"""The tiny checkpoint that stands for a workflow's model."""
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tiny, tmp_path_factory):
+    from comfy_server import Server
+    for name in set(CHECKPOINTS.values()):
+        folder = tiny(name).parent
+    with Server(comfyui, models=folder, timeout=600, log=tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")[1]
+
+
+@pytest.fixture
+def api_graph():
+    return json.loads((ROOT / "workflows" / "api" / "wan_t2v_vsa.json").read_text())
+
+
+def test_every_node_is_listed_with_a_category_a_tooltip_per_widget_and_a_help_page(server, object_info):
+    from pack.nodes import NODES
+    for node in NODES:
+        schema = node.define_schema()
+        info = object_info[schema.node_id]
+        assert info["python_module"] == f"custom_nodes.{PACK}" and info["description"]
+        widgets = {name: spec for name, spec in info["input"]["required"].items() if spec[0] not in ("MODEL", "LATENT")}
+        assert all(spec[1].get("tooltip") for spec in widgets.values()), schema.node_id
+        status, page = server.get(f"/extensions/{PACK}/docs/{schema.node_id}.md")
+        assert status == 200 and page.startswith(f"# {schema.display_name}")
+
+
+def test_help_pages_name_every_input(object_info):
+    for node_id in ("VideoSparseAttentionPatch",):
+        page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
+        for name in object_info[node_id]["input"]["required"]:
+            assert name == "model" or f"`{name}`" in page, name
+
+
+def test_every_workflow_is_in_the_template_browser_with_a_thumbnail(server):
+    status, templates = server.get("/workflow_templates")
+    assert status == 200 and sorted(templates[PACK]) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        assert server.get(f"/api/workflow_templates/{PACK}/{path.stem}.json")[0] == 200
+        status, kind, body = server.fetch(f"/api/workflow_templates/{PACK}/{path.stem}.jpg")
+        assert status == 200 and body[:2] == b"\xff\xd8"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_runs_on_a_tiny_checkpoint_and_attends_sparsely(server, object_info, path):
+    from workflow_prompt import shrink, to_prompt
+    prompt = shrink(to_prompt(json.loads(path.read_text()), object_info), f"{CHECKPOINTS[path.stem]}.safetensors",
+                    steps=5)
+    entry = server.run(prompt)
+    report = next(node for node in entry["outputs"].values() if "sparse_attention" in node)
+    assert all(run["sparse_calls"] > 0 for run in report["sparse_attention"])
+    assert report["images"]
+
+
+def test_the_api_graph_reports_text_numbers_and_a_picture(server, api_graph):
+    outputs = server.run(api_graph)["outputs"]["7"]
+    run = outputs["sparse_attention"][0]
+    assert run["grid"] == [9, 15, 20] and run["tile"] == [3, 5, 4] and (run["kept"], run["tiles"]) == (9, 45)
+    assert run["backend"] == "reference" and run["sparse_calls"] == 8 and run["dense_calls"] == {}
+    assert "9 of 45 tiles" in outputs["text"][0]
+    assert server.view(outputs["images"][0])[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("widget", "value", "message"), [
+    ("sparsity", 1.5, "bigger than max"),
+    ("tile_size", "5x5x5", "holds 125 tokens: wanted a multiple of 64"),
+    ("dense_blocks", "one", "cannot read 'one'"),
+    ("start_percent", 7.0, "start_percent 7.0: wanted a fraction from 0 to 1"),
+    ("backend", "warp", "Value not in list"),
+])
+def test_bad_widgets_are_refused_when_the_prompt_is_queued(server, api_graph, widget, value, message):
+    api_graph["2"]["inputs"][widget] = value
+    status, answer = server.get("/prompt", {"prompt": api_graph})
+    assert status == 400
+    assert message in json.dumps(answer["node_errors"]["2"])
+
+
+def test_start_after_end_is_refused_when_the_prompt_is_queued(server, api_graph):
+    api_graph["2"]["inputs"].update(start_percent=0.8, end_percent=0.3)
+    status, answer = server.get("/prompt", {"prompt": api_graph})
+    assert status == 400 and "start_percent 0.8 is after end_percent 0.3" in json.dumps(answer)
+
+
+def test_a_legal_tile_that_the_list_does_not_name_is_accepted(server, api_graph):
+    api_graph["2"]["inputs"]["tile_size"] = "4x4x12"
+    assert server.run(api_graph)["outputs"]["7"]["sparse_attention"][0]["tile"] == [4, 4, 12]
+
+
+def test_a_kernel_that_cannot_run_is_an_error_that_names_the_node_and_the_reason(server, api_graph):
+    from comfy_server import PromptError
+    api_graph["2"]["inputs"]["backend"] = "triton"
+    with pytest.raises(PromptError, match="VideoSparseAttentionPatch.*tensors are on cpu, needs cuda"):
+        server.run(api_graph)
+
+
+def test_the_report_on_an_unpatched_model_says_what_to_connect(server, api_graph):
+    from comfy_server import PromptError
+    api_graph["7"]["inputs"]["model"] = ["1", 0]
+    with pytest.raises(PromptError, match="found a model without sparse attention"):
+        server.run(api_graph)
+
+
+def test_the_graph_runs_again_after_a_failed_one_and_gives_the_same_latent(server, api_graph):
+    from comfy_server import PromptError
+
+    def latent():
+        return server.view(server.run(api_graph)["outputs"]["8"]["latents"][0])
+    first = latent()
+    api_graph["6"]["inputs"]["seed"] = 2
+    api_graph["2"]["inputs"]["backend"] = "triton"
+    with pytest.raises(PromptError):
+        server.run(api_graph)
+    api_graph["6"]["inputs"]["seed"] = 1
+    api_graph["2"]["inputs"]["backend"] = "reference"
+    assert latent()[-4096:] == first[-4096:]
+
+
+def test_the_manifest_is_complete_for_registry_and_manager():
+    import tomllib
+    manifest = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, comfy = manifest["project"], manifest["tool"]["comfy"]
+    assert project["name"] == PACK and project["version"].count(".") == 2
+    assert project["license"] == {"file": "LICENSE"} and (ROOT / "LICENSE").exists()
+    assert comfy["PublisherId"] and comfy["DisplayName"] and comfy["requires-comfyui"].startswith(">=")
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in requirements if line and not line.startswith("#")]
+    assert not [line for line in wanted if line.startswith("torch")]
+    assert [line.replace(" ", "").replace("'", '"') for line in wanted] == [
+        line.replace(" ", "").replace("'", '"') for line in project["dependencies"]]
