@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import kernels
 from ..vsa_core.grid import TokenGrid
-from ..vsa_core.schedule import DenseBlocks, Schedule
 from .families import ModelCall, VideoFamily, family_of
 from .layout import from_bshd, to_bshd
 from .run import DENSE, OTHER, SPARSE, GridRecord, Run
+from .settings import Settings
 from .status import status_text
 
 log = logging.getLogger(__name__)
@@ -39,18 +39,6 @@ class Method(Protocol):
 
     def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record` when there is one."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose, apart from the method."""
-
-    backend: str = kernels.AUTO
-    schedule: Schedule = Schedule()
-    dense_blocks: DenseBlocks = DenseBlocks()
-    min_tokens: int = 0
-    strict: bool = False
-    verbose: bool = False
 
 
 @dataclass

@@ -9,17 +9,16 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from .. import kernels
 from ..vsa_core.backends.video_sparse_attn import (
     VideoSparseAttentionImpl,
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
 )
 from ..vsa_core.grid import Thw, TokenGrid
-from ..vsa_core.schedule import Schedule, parse_dense_blocks
 from ..vsa_core.tiling import auto_tile_size, parse_tile_size
-from .hook import LayerCall, Settings, SparseAttentionHook
+from .hook import LayerCall, SparseAttentionHook
 from .run import GridRecord
+from .settings import read_settings, settings_inputs, why_invalid
 
 AUTO_TILE = "auto"
 TILE_SIZES = (AUTO_TILE, "4x4x4", "1x8x8", "2x4x8", "2x8x4", "4x2x8", "4x8x2", "8x2x4", "8x4x2", "4x4x8", "4x8x4",
@@ -95,65 +94,26 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                     tooltip="Tokens per tile as time x height x width. auto takes the compact shape that wastes "
                             "least at this resolution. 4x4x4 is what VSA checkpoints were trained with. 128 and 256 "
                             "tokens choose more coarsely. Any tile of 64, 128, 192, ... tokens is accepted."),
-                io.Combo.Input(
-                    "backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)],
-                    default=kernels.AUTO,
-                    tooltip="The kernel that computes attention. auto takes the fastest that can run here and falls "
-                            "back to dense, visibly, when none can. A kernel chosen by name runs or raises an error."),
-                io.Float.Input(
-                    "start_percent", default=0.2, min=0.0, max=1.0, step=0.01,
-                    tooltip="Part of the denoising that stays dense at the start, where the composition forms. "
-                            "Lower is faster. 0 for VSA-trained checkpoints."),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="From here to the end attention is dense again. Below 1 it can calm flicker, at a cost."),
-                io.String.Input(
-                    "dense_blocks", default="", advanced=True,
-                    tooltip="Transformer blocks that stay dense, such as: 0, 1, 38-39, -1. The first and last are "
-                            "the most sensitive. Each dense block costs its share of the speed-up."),
-                io.Int.Input(
-                    "min_tokens", default=12288, min=0, max=1 << 24, advanced=True,
-                    tooltip="Clips with fewer tokens run dense: there is little to gain on them. 480p of 33 frames "
-                            "has about 14000 tokens, of 81 frames 32760."),
-                io.Boolean.Input(
-                    "strict", default=False, advanced=True,
-                    tooltip="Raise an error instead of running dense when no kernel can run or a kernel fails."),
-                io.Boolean.Input(
-                    "verbose", default=False, advanced=True,
-                    tooltip="Adds one line per layer to the report: calls, reasons and milliseconds."),
+                *settings_inputs(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size=AUTO_TILE, start_percent=0.0, end_percent=1.0, dense_blocks=""):
-        try:
-            read_settings(0.0, tile_size, kernels.AUTO, start_percent or 0.0,
-                          1.0 if end_percent is None else end_percent, dense_blocks, 0, False, False)
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, tile_size=None, start_percent=None, end_percent=None, dense_blocks=None):
+        return why_invalid(lambda: read_method(0.0, AUTO_TILE if tile_size is None else tile_size),
+                           start_percent, end_percent, dense_blocks)
 
     @classmethod
-    def execute(cls, model, sparsity, tile_size=AUTO_TILE, backend=kernels.AUTO, start_percent=0.2, end_percent=1.0,
-                dense_blocks="", min_tokens=12288, strict=False, verbose=False) -> io.NodeOutput:
-        method, settings = read_settings(sparsity, tile_size, backend, start_percent, end_percent, dense_blocks,
-                                         min_tokens, strict, verbose)
+    def execute(cls, model, sparsity, tile_size=AUTO_TILE, **settings) -> io.NodeOutput:
         hidden = getattr(cls, "hidden", None)
-        return io.NodeOutput(SparseAttentionHook.install(model, method, settings,
-                                                         getattr(hidden, "unique_id", None)))
+        return io.NodeOutput(SparseAttentionHook.install(
+            model, read_method(sparsity, tile_size), read_settings(**settings), getattr(hidden, "unique_id", None)))
 
 
-def read_settings(sparsity, tile_size, backend, start_percent, end_percent, dense_blocks, min_tokens, strict,
-                  verbose) -> tuple[VideoSparseMethod, Settings]:
-    """The node's widgets as a method and settings. Raises ValueError: found, wanted."""
+def read_method(sparsity: float, tile_size: str) -> VideoSparseMethod:
+    """The node's own widgets as a method. Raises ValueError: found, wanted."""
     if not 0.0 <= sparsity <= 0.99:
         raise ValueError(f"sparsity {sparsity}: wanted 0 to 0.99")
-    if min_tokens < 0:
-        raise ValueError(f"min_tokens {min_tokens}: wanted 0 or more")
-    tile = None if tile_size in (None, AUTO_TILE) else parse_tile_size(tile_size)
-    settings = Settings(backend=backend, schedule=Schedule(start_percent, end_percent),
-                        dense_blocks=parse_dense_blocks(dense_blocks), min_tokens=min_tokens, strict=strict,
-                        verbose=verbose)
-    return VideoSparseMethod(sparsity, tile), settings
+    return VideoSparseMethod(sparsity, None if tile_size == AUTO_TILE else parse_tile_size(tile_size))

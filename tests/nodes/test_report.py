@@ -18,11 +18,11 @@ def shown(comfyui, monkeypatch):
 
 def node(model, node_id, **widgets):
     from pack.nodes.hook import SparseAttentionHook
-    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch, read_settings
-    given = dict(sparsity=0.5, tile_size="auto", backend="auto", start_percent=0.0, end_percent=1.0, dense_blocks="0",
-                 min_tokens=0, strict=False, verbose=False)
+    from pack.nodes.settings import read_settings
+    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch, read_method
+    settings = read_settings(**{"dense_blocks": "0", "start_percent": 0.0, "min_tokens": 0, **widgets})
     assert VideoSparseAttentionPatch.define_schema().node_id == "VideoSparseAttentionPatch"
-    return SparseAttentionHook.install(model, *read_settings(**{**given, **widgets}), node_id)
+    return SparseAttentionHook.install(model, read_method(0.5, "auto"), settings, node_id)
 
 
 def test_the_node_shows_grid_tile_density_kernel_calls_and_time_after_every_run(wan, draw, shown):

@@ -1,0 +1,77 @@
+"""The widgets that every sparse attention node shares, and what they mean."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from .. import kernels
+from ..vsa_core.schedule import DenseBlocks, Schedule, parse_dense_blocks
+
+DEFAULT_MIN_TOKENS = 12288
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose, apart from the method."""
+
+    backend: str = kernels.AUTO
+    schedule: Schedule = Schedule()
+    dense_blocks: DenseBlocks = DenseBlocks()
+    min_tokens: int = 0
+    strict: bool = False
+    verbose: bool = False
+
+
+def settings_inputs() -> list:
+    """The shared widgets, in their order. `read_settings` takes them by the same names."""
+    return [
+        io.Combo.Input(
+            "backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)], default=kernels.AUTO,
+            tooltip="The kernel that computes attention. auto takes the fastest that can run here and falls "
+                    "back to dense, visibly, when none can. A kernel chosen by name runs or raises an error."),
+        io.Float.Input(
+            "start_percent", default=0.2, min=0.0, max=1.0, step=0.01,
+            tooltip="Part of the denoising that stays dense at the start, where the composition forms. "
+                    "Lower is faster. 0 for checkpoints that were trained with sparse attention."),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+            tooltip="From here to the end attention is dense again. Below 1 it can calm flicker, at a cost."),
+        io.String.Input(
+            "dense_blocks", default="", advanced=True,
+            tooltip="Transformer blocks that stay dense, such as: 0, 1, 38-39, -1. The first and last are "
+                    "the most sensitive. Each dense block costs its share of the speed-up."),
+        io.Int.Input(
+            "min_tokens", default=DEFAULT_MIN_TOKENS, min=0, max=1 << 24, advanced=True,
+            tooltip="Clips with fewer tokens run dense: there is little to gain on them. 480p of 33 frames "
+                    "has about 14000 tokens, of 81 frames 32760."),
+        io.Boolean.Input(
+            "strict", default=False, advanced=True,
+            tooltip="Raise an error instead of running dense when no kernel can run or a kernel fails."),
+        io.Boolean.Input(
+            "verbose", default=False, advanced=True,
+            tooltip="Adds one line per layer to the report: calls, reasons and milliseconds."),
+    ]
+
+
+def read_settings(backend=kernels.AUTO, start_percent=0.2, end_percent=1.0, dense_blocks="",
+                  min_tokens=DEFAULT_MIN_TOKENS, strict=False, verbose=False) -> Settings:
+    """The shared widgets as Settings. Raises ValueError: found, wanted."""
+    if min_tokens < 0:
+        raise ValueError(f"min_tokens {min_tokens}: wanted 0 or more")
+    return Settings(backend, Schedule(start_percent, end_percent), parse_dense_blocks(dense_blocks), min_tokens,
+                    strict, verbose)
+
+
+def why_invalid(read_method, start_percent=None, end_percent=None, dense_blocks=None) -> str | bool:
+    """True, or the sentence of the first ValueError that the method or the shared widgets raise.
+
+    For a node's validate_inputs, where a widget that is fed by a link is None until the node runs.
+    """
+    try:
+        read_method()
+        read_settings(start_percent=start_percent or 0.0, end_percent=1.0 if end_percent is None else end_percent,
+                      dense_blocks=dense_blocks or "")
+    except ValueError as error:
+        return str(error)
+    return True
