@@ -57,10 +57,11 @@ def compile_row(capability, head_dim, dtype, return_lse):
         load_pack()
     import torch
     import triton
-    from pack.kernels.triton.block_sparse import block_sparse_forward as kernel
-    from pack.kernels.triton.configs import config_for
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from pack.kernels.triton.block_sparse import block_sparse_forward as kernel
+    from pack.kernels.triton.configs import config_for
 
     config = config_for(capability, head_dim, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype]))
     constants = {"D": head_dim, "BLOCK": 64, "RETURN_LSE": return_lse, "INTERPRET": False}
@@ -81,8 +82,9 @@ def compile_row(capability, head_dim, dtype, return_lse):
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     built = triton.compile(source, target=target, options=config._asdict())
     registers, spilled, sass = inspect(built.asm["cubin"])
+    shared = built.metadata.shared
     values = (name(capability), head_dim, dtype, return_lse, config.num_warps, config.num_stages, registers, spilled,
-              built.metadata.shared / 1024, programs_per_sm(capability, registers, built.metadata.shared, config.num_warps),
+              shared / 1024, programs_per_sm(capability, registers, shared, config.num_warps),
               len(re.findall(r"\bHMMA\b", sass)), len(re.findall(r"\bHGMMA\b", sass)))
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -58,7 +58,8 @@ def block_sparse_attention(
 
     q: [B, Sq, H, D], k and v: [B, Skv, H, D], any strides with D contiguous; Sq = Nq*64 and Skv = Nkv*64.
     indices: int32 [B, H, Nq, K], ascending in the first `counts` entries of a row; the rest is never read.
-    counts: int32 [B, H, Nq], 0..K.   block_sizes: int32 [Nkv], valid keys at the start of every block, 0..64.
+    counts: int32 [B, H, Nq], 0..K; not checked, a larger one reads past the row.
+    block_sizes: int32 [Nkv], valid keys at the start of every block, 0..64.
     scale: softmax scale, D**-0.5 when None.   backend: "auto" or the name of a kernel in KERNELS.
     Returns out [B, Sq, H, D] in q's dtype, contiguous, and with return_lse also the natural log of the sum of
     exponentials, float32 [B, H, Sq]. A row that sees no key gives 0 and -inf. Queries in padding slots are
@@ -92,7 +93,7 @@ def check_operands(q, k, v, indices, counts, block_sizes) -> None:
     batch, slots, heads, _ = q.shape
     rows = (batch, heads, slots // BLOCK)
     if indices.ndim != 4 or tuple(indices.shape[:3]) != rows:
-        fail(f"indices {list(indices.shape)}", f"{[*rows, 'K']}")
+        fail(f"indices {list(indices.shape)}", f"[{', '.join(map(str, rows))}, K]")
     if tuple(counts.shape) != rows:
         fail(f"counts {list(counts.shape)}", f"{list(rows)}")
     if tuple(block_sizes.shape) != (k.shape[1] // BLOCK,):

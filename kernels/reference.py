@@ -95,7 +95,7 @@ def _softmax_attention(queries, keys, values, offset):
 SPEC = KernelSpec(
     name="reference",
     load=lambda: run,
-    device_types=("cpu", "cuda", "mps", "xpu"),
+    device_types=("cpu", "cuda", "rocm", "mps", "xpu"),
     auto_device_types=("cpu",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
 )

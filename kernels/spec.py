@@ -19,6 +19,7 @@ class Call:
     """The facts about one attention call that decide which kernel can run it."""
 
     device_type: str
+    """torch's name for the device, but "rocm" for an AMD GPU, which torch calls cuda."""
     capability: tuple[int, int] | None
     """CUDA compute capability of the device that holds the tensors, None off CUDA."""
     dtype: torch.dtype
@@ -32,10 +33,11 @@ class Call:
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> Call:
         """The call that tensors of this device, dtype and head_dim would make."""
-        capability = None
-        if device.type == "cuda" and torch.version.hip is None:
-            capability = torch.cuda.get_device_capability(device)
-        return cls(device.type, capability, dtype, head_dim)
+        if device.type != "cuda":
+            return cls(device.type, None, dtype, head_dim)
+        if torch.version.hip is not None:
+            return cls("rocm", None, dtype, head_dim)
+        return cls("cuda", torch.cuda.get_device_capability(device), dtype, head_dim)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def block_sparse_forward(
 
 
 INTERPRET = not isinstance(block_sparse_forward, triton.JITFunction)
+PIPELINES = not triton.__version__.startswith("3.2.")
+"""Triton 3.2 reports `operation scheduled before its operands` when it pipelines a loop that looks one step ahead."""
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
@@ -122,11 +124,13 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
     if out.numel() == 0:
         return out, lse
     config = config_for(Call.of(q).capability, dim, q.dtype)
+    if not PIPELINES:
+        config = config._replace(num_stages=1)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         block_sparse_forward[(q_slots // BLOCK, heads, batch)](
             q, k, v, out, lse, indices, counts, block_sizes, scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride(), *counts.stride(),
             D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, INTERPRET=INTERPRET,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config._asdict(),
         )
     return out, lse

@@ -1,7 +1,7 @@
 """How many warps and pipeline stages a card gets: a literal table, so nothing is tuned while a user waits.
 
 Chosen from compiled code without a GPU (`dev/aot.py`): no spills, then as many programs per multiprocessor as
-registers allow, then the deepest pipeline that does not cost one of them. Not yet measured.
+registers allow, then up to 3 stages as long as shared memory holds those programs. Not yet measured.
 """
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ import torch
 
 
 class Config(NamedTuple):
+    """Launch options of Triton, by its names."""
+
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool = True
+    """Scaling a score and masking it is one instruction then. Triton 3.10 stops doing so unless asked."""
 
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# 99 KB of shared memory (8.6, 8.9, 12.0) hold two programs of head_dim 128 at 48 KB with 2 stages, only one with 3.
-# On 12.0 that loop spills with 2; with 1 stage (24 KB) it does not, and two programs still fit.
+# At head_dim 128 registers allow two programs. 99 KB of shared memory (8.6, 8.9, 12.0) hold two with 2 stages
+# (48 KB each) and only one with 3. On 9.0 they would allow three, but then without a pipeline: two with 3 stages is
+# a guess to be measured first; four programs of head_dim 64 with 3 stages would fill shared memory to the last byte.
 CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
     ((8, 0), 64, BF16): Config(4, 3),
     ((8, 0), 64, FP16): Config(4, 3),
@@ -39,8 +44,8 @@ CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
     ((9, 0), 128, FP16): Config(4, 3),
     ((12, 0), 64, BF16): Config(4, 3),
     ((12, 0), 64, FP16): Config(4, 3),
-    ((12, 0), 128, BF16): Config(4, 1),
-    ((12, 0), 128, FP16): Config(4, 1),
+    ((12, 0), 128, BF16): Config(4, 2),
+    ((12, 0), 128, FP16): Config(4, 2),
 }
 
 DEFAULT = Config(4, 2)
