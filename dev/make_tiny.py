@@ -12,6 +12,7 @@ Besides the plain families (see BUILDERS), made from the weights of tiny_wan_t2v
   tiny_fastwan_diffusers/    the same weights and gates as a diffusers WanTransformer3DModel folder
 """
 import argparse
+import importlib
 import json
 import os
 import re
@@ -22,13 +23,15 @@ from comfy_boot import PACK, boot, version
 TEXT_DIM = 64
 
 
-def build_wan(heads=1, layers=2, model_type="t2v", cls="WanModel", in_dim=16, out_dim=16, **kw):
-    import comfy.ldm.wan.model as wan
+def build_wan(heads=1, layers=2, model_type="t2v", cls="WanModel", in_dim=16, out_dim=16, module="model", named=None,
+              named_also=None, **kw):
+    """named: the model type that only the file's metadata can tell, with named_also as further metadata."""
+    wan = importlib.import_module(f"comfy.ldm.wan.{module}")
     if cls != "VaceWanModel":
         kw["model_type"] = model_type
     model = getattr(wan, cls)(dim=128 * heads, ffn_dim=64, num_heads=heads, num_layers=layers, text_dim=TEXT_DIM,
                               in_dim=in_dim, out_dim=out_dim, **common(), **kw)
-    return model, {"text_dim": TEXT_DIM}
+    return model, {"text_dim": TEXT_DIM, **({"model_type": named} if named else {}), **(named_also or {})}
 
 
 def build_hunyuan(heads=1, **kw):
@@ -40,9 +43,10 @@ def build_hunyuan(heads=1, **kw):
     return hunyuan.HunyuanVideo(**{**config, **kw}, **common()), None
 
 
-def build_hunyuan15():
-    return build_hunyuan(in_channels=65, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None, depth_single_blocks=0,
-                         guidance_embed=False, use_cond_type_embedding=True, vision_in_dim=1152, meanflow_sum=True)
+def build_hunyuan15(in_channels=65):
+    return build_hunyuan(in_channels=in_channels, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None,
+                         depth_single_blocks=0, guidance_embed=False, use_cond_type_embedding=True, vision_in_dim=1152,
+                         meanflow_sum=True)
 
 
 def build_ltxv(heads=2, head_dim=32):
@@ -52,6 +56,16 @@ def build_ltxv(heads=2, head_dim=32):
     return ltxv.LTXVModel(**config, **common()), config
 
 
+def build_ltxav(heads=2, head_dim=32, audio_head_dim=16):
+    import comfy.ldm.lightricks.av_model as ltxav
+    config = dict(num_attention_heads=heads, attention_head_dim=head_dim, cross_attention_dim=heads * head_dim,
+                  audio_num_attention_heads=heads, audio_attention_head_dim=audio_head_dim,
+                  audio_cross_attention_dim=heads * audio_head_dim, caption_channels=TEXT_DIM, in_channels=128,
+                  audio_in_channels=128, num_layers=2, connector_num_attention_heads=2,
+                  connector_attention_head_dim=32, connector_num_layers=1)
+    return ltxav.LTXAVModel(**config, **common()), config
+
+
 def build_kandinsky5():
     import comfy.ldm.kandinsky5.model as kandinsky
     return kandinsky.Kandinsky5(in_text_dim=3584, in_text_dim2=768, time_dim=32, model_dim=128, ff_dim=64,
@@ -59,11 +73,12 @@ def build_kandinsky5():
                                 axes_dims=(16, 24, 24), **common()), None
 
 
-def build_cogvideox():
+def build_cogvideox(**kw):
     import comfy.ldm.cogvideo.model as cogvideo
     return cogvideo.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=64, in_channels=16, out_channels=16, time_embed_dim=32,
-        text_embed_dim=TEXT_DIM, num_layers=2, patch_size=2, use_rotary_positional_embeddings=True, **common()), None
+        text_embed_dim=TEXT_DIM, num_layers=2, patch_size=2, use_rotary_positional_embeddings=True, **common(),
+        **kw), None
 
 
 def build_minimax_h3():
@@ -89,6 +104,20 @@ BUILDERS = {
     "tiny_minimax_h3": build_minimax_h3,
     "tiny_wan_flf": lambda: build_wan(model_type="i2v", in_dim=36, flf_pos_embed_token_number=14),   # real: 2 x 257
     "tiny_wan_camera": lambda: build_wan(cls="CameraWanModel", model_type="camera_2.2", in_dim=36),
+    "tiny_wan_s2v": lambda: build_wan(cls="WanModel_S2V", model_type="s2v"),
+    "tiny_wan_scail": lambda: build_wan(cls="SCAILWanModel", model_type="scail", in_dim=20),
+    "tiny_wan_scail2": lambda: build_wan(cls="SCAIL2WanModel", model_type="scail2", in_dim=20),
+    "tiny_wan_animate2": lambda: build_wan(cls="WanAnimate2Model", module="model_animate2", model_type="animate2",
+                                           in_dim=36, named="animate2"),
+    "tiny_wan_dancer": lambda: build_wan(cls="WanDancerModel", module="model_wandancer", model_type="wandancer",
+                                         in_dim=36),
+    "tiny_wan_flow_rvs": lambda: build_wan(named="flow_rvs"),
+    "tiny_wan_causal": lambda: build_wan(named_also={"causal_ar": True}),
+    "tiny_ltxav": build_ltxav,
+    "tiny_cogvideox15": lambda: build_cogvideox(patch_size_t=2),
+    "tiny_hunyuan_i2v": lambda: build_hunyuan(in_channels=33),
+    "tiny_wan_fun": lambda: build_wan(model_type="i2v", in_dim=48),
+    "tiny_hunyuan15_sr": lambda: build_hunyuan15(in_channels=98),
 }
 # Made from the weights of tiny_wan_t2v.
 DERIVED = {"tiny_wan_vsa": "tiny_wan_vsa.safetensors", "tiny_fastwan_diffusers": "tiny_fastwan_diffusers"}

@@ -15,12 +15,18 @@ class TokenGrid:
     thw: Thw
     prefix: int = 0
     suffix: int = 0
+    hidden: tuple[int, ...] = ()
+    """Other tokens that no query sees, such as masked text: ascending places among them, prefix first."""
 
     def __post_init__(self):
         if len(self.thw) != 3 or min(self.thw) < 1:
             raise ValueError(f"token grid {'x'.join(map(str, self.thw))}: wanted three axes of at least 1 token")
         if self.prefix < 0 or self.suffix < 0:
             raise ValueError(f"token grid with prefix {self.prefix} and suffix {self.suffix}: wanted 0 or more")
+        if self.hidden and not (sorted(set(self.hidden)) == list(self.hidden)
+                                and 0 <= self.hidden[0] and self.hidden[-1] < self.num_other_tokens):
+            raise ValueError(f"token grid hides {list(self.hidden)}: wanted ascending places among its "
+                             f"{self.num_other_tokens} tokens that are not video")
 
     @property
     def num_video_tokens(self) -> int:

@@ -1,10 +1,16 @@
 """What the hook must know of a model family."""
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...vsa_core.grid import Thw, TokenGrid
+
+NO_VIDEO = "latent is no video"
+NOT_THE_CLIP = "attention over something other than the clip"
+UNKNOWN_TOKENS = "tokens beside the clip whose place is not known"
 
 
 @dataclass(frozen=True)
@@ -12,27 +18,51 @@ class ModelCall:
     """The facts of one forward pass of the diffusion model that its attention calls need."""
 
     latent_thw: Thw | None
-    """Latent frames, height and width as the model gets them, None when the latent is no video."""
+    """Latent frames, height and width of the clip as the model gets it, None when the latent is no video."""
     patch_size: Thw
     context_lengths: frozenset[int]
     """Lengths of the sequences that cross-attention reads."""
     conds: frozenset[str]
     """Names of the extra conditions that are present."""
+    prefix: int = 0
+    """Other tokens that this pass puts before the clip's."""
+    suffix: int = 0
+    """Other tokens that this pass puts after the clip's."""
+    suffix_may_be_cut: bool = False
+    """Whether the host may leave out some tokens of the suffix, and of nothing else."""
+
+    @property
+    def thw(self) -> Thw | None:
+        """The clip's token grid: latent cells per patch, rounded up as the host pads."""
+        return None if self.latent_thw is None else token_grid(self.latent_thw, self.patch_size)
+
+    def place(self, num_tokens: int) -> TokenGrid | str:
+        """Where the clip lies in num_tokens tokens when every one of them is accounted for, else why not."""
+        if self.thw is None:
+            return NO_VIDEO
+        others = num_tokens - math.prod(self.thw)
+        if others == self.prefix + self.suffix:
+            return TokenGrid(self.thw, self.prefix, self.suffix)
+        if others < 0:
+            return NOT_THE_CLIP
+        if self.suffix_may_be_cut and self.prefix <= others < self.prefix + self.suffix:
+            return TokenGrid(self.thw, self.prefix, others - self.prefix)
+        return UNKNOWN_TOKENS
 
 
 class VideoFamily(Protocol):
-    """One family. Its methods look at shapes and names only, never at tensor values."""
+    """One family. Its methods look at shapes and names; where a value of a tensor is needed, its file says why."""
 
     name: str
 
     def matches(self, net) -> bool:
-        """Whether the diffusion model is of this family."""
+        """Whether the diffusion model is of this family, judged by its class alone."""
 
     def heads(self, net) -> tuple[int, int]:
         """(number of heads, head_dim) of its video self-attention."""
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
-        """The facts of a forward pass, from what the model is called with."""
+        """The facts of a forward pass, from what BaseModel.apply_model is called with."""
 
     def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
         """(index of the transformer block that calls, number of blocks), None where not known.
@@ -40,8 +70,40 @@ class VideoFamily(Protocol):
         seen: how many of the clip's self-attention calls this forward pass has made before this one.
         """
 
-    def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int) -> TokenGrid | str:
+    def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
+               heads: tuple[int, int]) -> TokenGrid | str:
         """Where the video tokens lie in a self-attention of num_tokens tokens, or why that is not known.
 
-        options: the call's transformer_options.
+        options: the call's transformer_options.   heads: the call's number of heads and head_dim.
         """
+
+
+def built_on(net, name: str, package: str) -> bool:
+    """Whether a class `name` of ComfyUI's comfy.ldm.`package` is among the classes of the diffusion model."""
+    return any(cls.__name__ == name and f".{package}." in f".{cls.__module__}." for cls in type(net).__mro__)
+
+
+def token_grid(latent_thw: Sequence[int], patch_size: Sequence[int]) -> Thw:
+    """Patches along every axis, the last one padded."""
+    return tuple(-(-cells // patch) for cells, patch in zip(latent_thw, patch_size, strict=True))
+
+
+def video_thw(latent_shape: Sequence[int]) -> Thw | None:
+    """(t, h, w) of a latent [B, C, T, H, W], None for any other."""
+    return tuple(latent_shape[2:]) if len(latent_shape) == 5 else None
+
+
+def video_shape(latent_shape: Sequence[int], conds: dict[str, Any]) -> Sequence[int]:
+    """The shape of the video latent, also where several latents come packed into one [B, 1, N]."""
+    shapes = conds.get("latent_shapes")
+    return shapes[0] if shapes else latent_shape
+
+
+def length(x) -> int:
+    """Tokens of a [B, L, ...] tensor, 0 for None."""
+    return 0 if x is None else x.shape[1]
+
+
+def present(conds: dict[str, Any]) -> frozenset[str]:
+    """The names of the conditions that are not None."""
+    return frozenset(name for name, value in conds.items() if value is not None)

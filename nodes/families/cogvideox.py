@@ -1,0 +1,33 @@
+"""CogVideoX 1.0 and 1.5, text, image and inpainting (comfy/ldm/cogvideo).
+
+Grid: latent / (1, 2, 2), in 1.5 (2, 2, 2), rounded up; raster order. Heads: 30 or 48 x 64. Every block attends once
+over the text (226 tokens) and then the clip. Images come in as channels. Layer: the host publishes none; calls are
+counted, one per block. Nothing else reaches the hook.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from ...vsa_core.grid import TokenGrid
+from .abstract import ModelCall, built_on, length, present, video_thw
+
+
+class CogVideoX:
+    name = "CogVideoX"
+
+    def matches(self, net) -> bool:
+        return built_on(net, "CogVideoXTransformer3DModel", "cogvideo")
+
+    def heads(self, net) -> tuple[int, int]:
+        return net.num_attention_heads, net.attention_head_dim
+
+    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+        return seen, len(net.blocks)
+
+    def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
+        return ModelCall(video_thw(latent_shape), (net.patch_size_t or 1, net.patch_size, net.patch_size),
+                         frozenset(), present(conds), prefix=length(context))
+
+    def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
+               heads: tuple[int, int]) -> TokenGrid | str:
+        return call.place(num_tokens)

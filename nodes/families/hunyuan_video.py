@@ -1,0 +1,45 @@
+"""HunyuanVideo, HunyuanVideo 1.5 and the models built on them (comfy/ldm/hunyuan_video).
+
+Grid: latent / patch, (1, 2, 2) and in 1.5 (1, 1, 1); raster order. Heads: num_heads x 128. The sequence in double
+and single blocks: text, reference image tokens (`ref_latent`), clip. The text is, in 1.5, the image tokens of the
+vision encoder, the glyph tokens (ByT5), then the prompt; an image to start from comes in as channels and adds
+none. Layer: the double blocks, then the single blocks, whose `block_index` starts again at 0. Text tokens that
+the prompt's mask hides stay hidden. Dense: the two self-attention blocks that refine the text.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ...vsa_core.grid import TokenGrid
+from .abstract import ModelCall, built_on, length, present, token_grid, video_thw
+
+
+class HunyuanVideo:
+    name = "HunyuanVideo"
+
+    def matches(self, net) -> bool:
+        return built_on(net, "HunyuanVideo", "hunyuan_video")
+
+    def heads(self, net) -> tuple[int, int]:
+        return net.num_heads, net.hidden_size // net.num_heads
+
+    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+        doubles = len(net.double_blocks)
+        index = options.get("block_index")
+        if index is not None and options.get("block_type") == "single":
+            index += doubles
+        return index, doubles + len(net.single_blocks)
+
+    def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
+        patch = tuple(net.patch_size)
+        glyphs = conds.get("txt_byt5") if net.byt5_in is not None else None
+        prefix = length(context) + length(glyphs) + length(conds.get("clip_fea"))
+        reference = conds.get("ref_latent")
+        if reference is not None:
+            prefix += math.prod(token_grid(reference.shape[2:], patch))
+        return ModelCall(video_thw(latent_shape), patch, frozenset(), present(conds), prefix)
+
+    def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
+               heads: tuple[int, int]) -> TokenGrid | str:
+        return call.place(num_tokens) if "block_type" in options else "text refiner"

@@ -1,0 +1,44 @@
+"""MiniMax H3 (comfy/ldm/minimax).
+
+Grid: video latent / (1, 2, 2), rounded up; raster order. Heads: 56 x 128. Every block attends once over one packed
+sequence: text, condition frames and references, audio (two tokens per audio latent frame), and last the clip. The
+host runs each condition on its own, batch 1, and hands the hook plain tensors. Layer: `block_index` where the host
+publishes it (0.33 does not), else the calls are counted, one per block. Dense: the blocks that refine the text.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from ...vsa_core.grid import TokenGrid
+from .abstract import UNKNOWN_TOKENS, ModelCall, built_on, length, present, video_shape, video_thw
+
+
+class MiniMaxH3:
+    name = "MiniMax H3"
+
+    def matches(self, net) -> bool:
+        return built_on(net, "MiniMaxH3Model", "minimax")
+
+    def heads(self, net) -> tuple[int, int]:
+        attention = net.blocks[0].attn
+        return attention.heads, attention.head_dim
+
+    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+        return options.get("block_index", seen), len(net.blocks)
+
+    def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
+        shapes = conds.get("latent_shapes") or ()
+        audio = 2 * shapes[1][-1] if len(shapes) > 1 else 0
+        return ModelCall(video_thw(video_shape(latent_shape, conds)), tuple(net.patch_size),
+                         frozenset(), present(conds), prefix=length(context) + audio)
+
+    def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
+               heads: tuple[int, int]) -> TokenGrid | str:
+        place = call.place(num_tokens)
+        if place == UNKNOWN_TOKENS and "minimax_payload" in call.conds:
+            before = num_tokens - math.prod(call.thw)
+            if before > call.prefix:       # condition frames and references: all of them lie before the clip
+                return replace(call, prefix=before).place(num_tokens)
+        return place
