@@ -1,0 +1,135 @@
+"""What a checkpoint is and where each of its tensors goes, decided from headers alone."""
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from .gate_names import check_gates, find_gates
+from .names import (
+    DIFFUSERS_MARKS,
+    MINIMAX_H3,
+    OTHER,
+    WAN,
+    family_of_names,
+    is_lora,
+    naming_of,
+    native_wan_name,
+    without_prefix,
+)
+from .safetensors_file import CheckpointError
+from .source import Checkpoint
+from .trained import Trained, trained_facts
+
+GATE_PARTS = ("weight", "bias", "scale_weight", "weight_scale", "input_scale", "scale_input", "comfy_quant")
+BLOCK_PARTS = ("self_attn.", "cross_attn.", "attn.", "ffn.", "mlp.", "norm3.", "modulation")
+
+
+@dataclass(frozen=True)
+class Plan:
+    checkpoint: Checkpoint
+    family: str
+    naming: str
+    names: dict[str, str]
+    """Name in the files -> name that ComfyUI reads, gates left out."""
+    gates: dict[int, dict[str, str]]
+    """Layer -> part -> name in the files; empty for a model without VSA gates."""
+    layers: int
+    width: int
+    per_head_gates: bool = False
+    """Whether the file has gates of the same name that are none of VSA (LTX-2.3)."""
+
+    @property
+    def trained(self) -> Trained | None:
+        """What is known of the VSA training, None for a model without gates."""
+        if not self.gates:
+            return None
+        path, config = self.checkpoint.path, self.checkpoint.config
+        return trained_facts(self.checkpoint.metadata, (*path.parts[-3:], str(config.get("_name_or_path", ""))))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Metadata for ComfyUI's detection: the file's own, and what only a diffusers config knows."""
+        config = self.checkpoint.config
+        if self.family != WAN or not config or "config" in self.checkpoint.metadata:
+            return dict(self.checkpoint.metadata)
+        told = {"text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "num_attention_heads": "num_heads"}
+        transformer = {ours: config[theirs] for theirs, ours in told.items() if config.get(theirs) is not None}
+        return {**self.checkpoint.metadata, "config": json.dumps({"transformer": transformer})}
+
+
+def plan_of(checkpoint: Checkpoint) -> Plan:
+    """The plan for a whole model.
+
+    Raises CheckpointError for a LoRA, a diffusers model that is not Wan, tensors without a place, blocks that lack
+    tensors, and VSA gates of wrong shapes or for some layers only.
+    """
+    shapes = {without_prefix(name): place.info.shape for name, place in checkpoint.tensors.items()}
+    plain = {name: without_prefix(name) for name in checkpoint.tensors}
+    if is_lora(plain.values()):
+        gates_too = ", or its gates through Attach VSA Gates" if find_gates(checkpoint.tensors) else ""
+        raise CheckpointError(f"{checkpoint.path} is a LoRA: wanted a whole model. Load it through a LoRA loader"
+                              + gates_too)
+    gates = find_gates(checkpoint.tensors)
+    gate_names = {name for parts in gates.values() for name in parts.values()}
+    names = {name: short for name, short in plain.items() if name not in gate_names}
+    family = family_of_names(names.values())
+    naming = naming_of(names.values())
+    if family == WAN:
+        names = _native_names(names, naming, checkpoint)
+        layers = _check_blocks(names.values(), checkpoint)
+        width = shapes[next(plain[name] for name, native in names.items() if native == "head.modulation")][-1]
+        wanted = (width, width)
+    elif family == MINIMAX_H3:
+        layers = _check_blocks(names.values(), checkpoint)
+        inner, width = shapes["blocks.0.attn.qkv_proj.weight"][:2]
+        wanted = (inner // 3, width)
+    else:
+        if "_class_name" in checkpoint.config or naming != "native" and "condition_embedder" in str(names):
+            raise CheckpointError(f"{checkpoint.path} is a diffusers model ({checkpoint.config.get('_class_name')}): "
+                                  "of those, only Wan is known here")
+        return Plan(checkpoint, OTHER, naming, plain, {}, 0, 0, per_head_gates=bool(gates))
+    if gates:
+        weights = {layer: checkpoint.tensors[parts["weight"]].info.shape
+                   for layer, parts in gates.items() if "weight" in parts}
+        check_gates(weights, layers, wanted, str(checkpoint.path))
+        _check_parts(gates, checkpoint)
+    return Plan(checkpoint, family, naming, names, gates, layers, width)
+
+
+def _check_parts(gates: dict[int, dict[str, str]], checkpoint: Checkpoint) -> None:
+    unknown = sorted({part for parts in gates.values() for part in parts} - set(GATE_PARTS))
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path}: found gates with {', '.join(unknown)}: wanted weight and bias")
+
+
+def _native_names(names: dict[str, str], naming: str, checkpoint: Checkpoint) -> dict[str, str]:
+    native = {name: native_wan_name(short) for name, short in names.items()}
+    lost = [name for name, target in native.items() if naming != "native" and DIFFUSERS_MARKS.search(target)]
+    if lost:
+        raise CheckpointError(f"{checkpoint.path}: found {len(lost)} tensors whose place in Wan is not known, such as "
+                              f"{lost[0]}")
+    twice = [target for target, count in Counter(native.values()).items() if count > 1]
+    if twice:
+        sources = [name for name, target in native.items() if target == twice[0]]
+        raise CheckpointError(f"{checkpoint.path}: found {' and '.join(sources)}, two names for one tensor")
+    return native
+
+
+def _check_blocks(names, checkpoint: Checkpoint) -> int:
+    """The number of blocks, each of which has the tensors that the others have."""
+    blocks: dict[int, set[str]] = defaultdict(set)
+    for name in names:
+        if match := re.match(r"blocks\.(\d+)\.(.+)$", name):
+            blocks[int(match[1])].add(match[2])
+    every = set.union(*blocks.values()) if blocks else set()
+    for layer in range(max(blocks, default=-1) + 1):
+        missing = {part for part in every - blocks[layer]
+                   if part.startswith(BLOCK_PARTS) and part.endswith((".weight", ".bias", "modulation"))}
+        if missing:
+            raise CheckpointError(f"{checkpoint.path}: block {layer} lacks {sorted(missing)[0]} and "
+                                  f"{len(missing) - 1} more: a file of the model is missing")
+    if not blocks:
+        raise CheckpointError(f"{checkpoint.path} holds no transformer blocks")
+    return len(blocks)

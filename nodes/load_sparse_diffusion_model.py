@@ -1,0 +1,51 @@
+"""The node "Load Sparse Diffusion Model"."""
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from .model_files import model_names, model_path
+from .sparse_model import load_sparse_model
+from .status import show_under_node
+
+# As in ComfyUI's own diffusion model loader.
+WEIGHT_DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+class SparseDiffusionModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SparseDiffusionModelLoader",
+            display_name="Load Sparse Diffusion Model",
+            category="model/loaders",
+            description=(
+                "Loads a video model together with the VSA gates it was trained with, such as FastWan: a ComfyUI file, "
+                "or a diffusers folder as it is downloaded, whole or in shards. Says what the model is and how it "
+                "wants to be sampled. Loads models without gates too."),
+            search_aliases=["FastWan", "FastVideo", "VSA loader", "diffusers Wan", "UNETLoader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name", options=model_names(),
+                    tooltip="A safetensors file in models/diffusion_models, or a diffusers folder there or in "
+                            "models/diffusers. Of a pipeline folder its transformer is loaded."),
+                io.Combo.Input(
+                    "weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
+                    tooltip="default keeps the weights as they are in the file. fp8 halves the memory of 16-bit "
+                            "weights, gates included, at some loss of quality."),
+            ],
+            outputs=[io.Model.Output(), io.String.Output("description")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
+        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        model, description = load_sparse_model(model_path(model_name), dict(WEIGHT_DTYPES[weight_dtype]), node_id)
+        show_under_node(description, node_id)
+        return io.NodeOutput(model, description)
