@@ -4,8 +4,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 256 << 20
-"""Bound on the tile-by-tile scores of the heads worked on at once."""
+from ..kernels.reference_tiles import select_top_tiles, tile_lists_to_blocks
+
+__all__ = ["block_means", "select_top_tiles", "tile_lists_to_blocks"]
 
 
 def block_means(x: Tensor, sizes: Tensor, slots: int) -> Tensor:
@@ -16,52 +17,3 @@ def block_means(x: Tensor, sizes: Tensor, slots: int) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = x.unflatten(1, (-1, slots)).sum(2, dtype=dtype)               # [B, N, H, D]
     return (sums / sizes.to(dtype)[:, None, None]).transpose(1, 2)
-
-
-def select_top_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float) -> Tensor:
-    """The k key tiles with the highest query_mean . key_mean * scale, for every query tile, ascending.
-
-    query_means: [B, H, Nq, D], key_means: [B, H, Nk, D]  ->  int32 [B, H, Nq, k].
-    Exactly k per row; equal scores go to the lower index; NaN counts as the lowest score.
-    """
-    batch, heads, rows, _ = query_means.shape
-    tiles = key_means.shape[2]
-    picked = torch.empty(batch * heads, rows, k, dtype=torch.int32, device=query_means.device)
-    queries, keys = query_means.flatten(0, 1), key_means.flatten(0, 1)
-    step = max(1, _CHUNK_BYTES // (rows * tiles * 24))
-    for first in range(0, batch * heads, step):
-        part = slice(first, first + step)
-        scores = (queries[part] * scale) @ keys[part].transpose(1, 2)
-        picked[part] = _top_k_ascending(scores, k)
-    return picked.unflatten(0, (batch, heads))
-
-
-def _top_k_ascending(scores: Tensor, k: int) -> Tensor:
-    scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    last = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    above, level = scores > last, scores == last
-    room = k - above.sum(-1, keepdim=True, dtype=torch.int32)
-    kept = above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
-    place = torch.where(kept, kept.cumsum(-1) - 1, k)      # the slot k collects what is not kept
-    index = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).expand_as(scores)
-    return index.new_empty(*scores.shape[:-1], k + 1).scatter_(-1, place, index)[..., :k]
-
-
-def tile_lists_to_blocks(tiles: Tensor, blocks_per_tile: int, num_tiles: int, always: int) -> tuple[Tensor, Tensor]:
-    """The kernel's lists for a selection of tiles: every block of a query tile reads the blocks of its key tiles.
-
-    tiles: int32 [B, H, N, k] ascending  ->  indices int32 [B, H, N*m, k*m + always], counts int32 [B, H, N*m]
-    with m = blocks_per_tile. The `always` blocks after the last tile close every list.
-    """
-    batch, heads, rows, k = tiles.shape
-    indices = tiles
-    if blocks_per_tile > 1:
-        inner = torch.arange(blocks_per_tile, dtype=torch.int32, device=tiles.device)
-        indices = (tiles[..., None] * blocks_per_tile + inner).flatten(3)
-        indices = indices[:, :, :, None].expand(-1, -1, -1, blocks_per_tile, -1).flatten(2, 3)
-    if always:
-        first = num_tiles * blocks_per_tile
-        closing = torch.arange(first, first + always, dtype=torch.int32, device=tiles.device)
-        indices = torch.cat([indices, closing.expand(*indices.shape[:3], -1)], dim=-1)
-    counts = torch.full((1, 1, 1), indices.shape[-1], dtype=torch.int32, device=tiles.device)
-    return indices, counts.expand(batch, heads, rows * blocks_per_tile)

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oracles import top_indices
-from pack.vsa_core import selection
+from pack.kernels import reference_tiles
 from pack.vsa_core.selection import select_top_tiles
 
 
@@ -144,7 +144,7 @@ def test_every_head_and_batch_has_its_own_selection():
 def test_heads_selected_in_parts_are_those_selected_at_once(monkeypatch, heads_at_once):
     q, key = random_means(2, 3, 20, 30, 16, seed=7)
     at_once = select_top_tiles(q, key, 4, 1.0)
-    monkeypatch.setattr(selection, "_CHUNK_BYTES", heads_at_once * 20 * 30 * 24)
+    monkeypatch.setattr(reference_tiles, "_CHUNK_BYTES", heads_at_once * 20 * 30 * 24)
     assert torch.equal(select_top_tiles(q, key, 4, 1.0), at_once)
-    monkeypatch.setattr(selection, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(reference_tiles, "_CHUNK_BYTES", 1)
     assert torch.equal(select_top_tiles(q, key, 4, 1.0), at_once)

@@ -82,3 +82,13 @@ class AttentionImpl(ABC, Generic[T]):
     @abstractmethod
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T) -> torch.Tensor:
         """Attention on [B, S, H, D] tensors in the method's own order."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T,
+               gate_compress: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole way in the order of the sequence, [B, S, H, D].
+
+        gate_compress weighs the coarse branch. Raises ValueError where a method has none.
+        """
+        if gate_compress is not None:
+            raise ValueError(f"{type(self).__name__} has no coarse branch: found gate_compress, wanted None")
+        return self.postprocess_output(self.forward(query, key, value, attn_metadata), attn_metadata)

@@ -14,52 +14,27 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ...kernels import block_sparse_attention
+from ...kernels import select_tiles, tile_means
 from ..grid import Thw, TokenGrid
-from ..selection import block_means, select_top_tiles, tile_lists_to_blocks
-from ..tiling import BLOCK, num_tiles, tile_slots
+from ..layout import (
+    TileLayout,
+    construct_variable_block_sizes,
+    get_non_pad_index,
+    get_reverse_tile_partition_indices,
+    get_tile_partition_indices,
+    to_sequence,
+    to_slots,
+)
+from ..lowering import attend_lists, attend_lists_in_sequence, dense_lists
+from ..selection import block_means, tile_lists_to_blocks
 from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+
+__all__ = ["VSA_TILE_SIZE", "VideoSparseAttentionBackend", "VideoSparseAttentionImpl", "VideoSparseAttentionMetadata",
+           "VideoSparseAttentionMetadataBuilder", "compute_topk", "construct_variable_block_sizes",
+           "get_non_pad_index", "get_reverse_tile_partition_indices", "get_tile_partition_indices"]
 
 VSA_TILE_SIZE: Thw = (4, 4, 4)
 """The tile that every released VSA checkpoint was trained with."""
-
-
-def get_tile_partition_indices(dit_seq_shape: Thw, tile_size: Thw, device: torch.device) -> Tensor:
-    """Raster index of every token, in tile order: tiles by (t, h, w), raster order inside each. int64 [t*h*w]"""
-    raster = torch.arange(math.prod(dit_seq_shape), device=device).view(*dit_seq_shape)
-    tile_of, place = [], []
-    for axis, (length, side) in enumerate(zip(dit_seq_shape, tile_size, strict=True)):
-        coordinate = torch.arange(length, device=device).view([-1 if a == axis else 1 for a in range(3)])
-        tile_of.append(coordinate // side)
-        place.append(coordinate % side)
-    counts = num_tiles(dit_seq_shape, tile_size)
-    tile = (tile_of[0] * counts[1] + tile_of[1]) * counts[2] + tile_of[2]
-    inner = (place[0] * tile_size[1] + place[1]) * tile_size[2] + place[2]
-    return raster.flatten()[(tile * math.prod(tile_size) + inner).flatten().argsort()]
-
-
-def get_reverse_tile_partition_indices(dit_seq_shape: Thw, tile_size: Thw, device: torch.device) -> Tensor:
-    """Place in tile order of every token in raster order. int64 [t*h*w]"""
-    return torch.argsort(get_tile_partition_indices(dit_seq_shape, tile_size, device))
-
-
-def construct_variable_block_sizes(
-    dit_seq_shape: Thw, num_tiles: Thw, device: torch.device, tile_size: Thw = VSA_TILE_SIZE,
-) -> Tensor:
-    """Tokens in every tile; only the last tile along an axis may be short. int32 [prod(num_tiles)]"""
-    per_axis = []
-    for length, count, side in zip(dit_seq_shape, num_tiles, tile_size, strict=True):
-        sizes = torch.full((count,), side, dtype=torch.int32, device=device)
-        sizes[-1] = length - (count - 1) * side
-        per_axis.append(sizes)
-    t, h, w = per_axis
-    return (t[:, None, None] * h[None, :, None] * w[None, None, :]).flatten()
-
-
-def get_non_pad_index(variable_block_sizes: Tensor, max_block_size: int) -> Tensor:
-    """Slots that hold a token, ascending: the first `size` of every run of `max_block_size` slots. int64"""
-    slot = torch.arange(max_block_size, device=variable_block_sizes.device)
-    return (slot < variable_block_sizes[:, None]).flatten().nonzero().flatten()
 
 
 def compute_topk(sparsity: float, num_blocks: int) -> int:
@@ -73,43 +48,10 @@ def compute_topk(sparsity: float, num_blocks: int) -> int:
 
 
 @dataclass
-class VideoSparseAttentionMetadata(AttentionMetadata):
-    """One token grid cut into tiles. N = prod(num_tiles); S = padded_seq_length slots."""
+class VideoSparseAttentionMetadata(TileLayout, AttentionMetadata):
+    """One token grid cut into tiles, and how many of them a query tile keeps."""
 
-    dit_seq_shape: list[int]
     VSA_sparsity: float
-    num_tiles: list[int]
-    total_seq_length: int
-    """Tokens in the sequence, those that are not video included."""
-    tile_partition_indices: Tensor
-    """int64 [total_seq_length], sequence index of every token in slot order."""
-    reverse_tile_partition_indices: Tensor
-    """int64 [total_seq_length], its inverse."""
-    variable_block_sizes: Tensor
-    """int32 [N], tokens in every tile."""
-    non_pad_index: Tensor
-    """int64 [total_seq_length], slots that hold a token, ascending."""
-    tile_size: Thw
-    grid: TokenGrid
-    untile_combined_index: Tensor
-    """int64 [total_seq_length], slot of every token in sequence order: one gather removes padding and order."""
-    kernel_block_sizes: Tensor
-    """int32 [S/64], tokens in every block of 64 slots."""
-    cache_tile_buf: bool = True
-    """Whether tile() reuses one buffer. Off where several results of tile() must live at once."""
-    tile_buf: Tensor | None = None
-
-    @property
-    def slots_per_tile(self) -> int:
-        return tile_slots(self.tile_size)
-
-    @property
-    def num_video_slots(self) -> int:
-        return math.prod(self.num_tiles) * self.slots_per_tile
-
-    @property
-    def padded_seq_length(self) -> int:
-        return self.kernel_block_sizes.shape[0] * BLOCK
 
     @property
     def topk(self) -> int:
@@ -129,44 +71,20 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
     def build(  # type: ignore[override]
         self, current_timestep: int, raw_latent_shape: Thw, patch_size: Thw, VSA_sparsity: float,
         device: torch.device, tile_size: Thw = VSA_TILE_SIZE, prefix: int = 0, suffix: int = 0,
-        cache_tile_buf: bool = True, **kwargs,
+        cache_tile_buf: bool = True, hidden: tuple[int, ...] = (), **kwargs,
     ) -> VideoSparseAttentionMetadata:
         """Metadata for a latent of raw_latent_shape (t, h, w) cells, cut by patch_size into tokens, floor.
 
-        tile_size: any whose volume is a multiple of 64 or at most 64.   prefix, suffix: tokens that are not video.
+        tile_size: any whose volume is a multiple of 64 or at most 64.
+        prefix, suffix, hidden: the tokens that are not video, as in `TokenGrid`.
         Raises ValueError for a sparsity outside 0 <= s < 1 and for a tile or grid that is none.
         """
         if not 0.0 <= VSA_sparsity < 1.0:
             raise ValueError(f"sparsity {VSA_sparsity}: wanted at least 0 and below 1")
-        volume = math.prod(tile_size)
-        if len(tile_size) != 3 or min(tile_size) < 1 or (volume > BLOCK and volume % BLOCK):
-            raise ValueError(f"tile {'x'.join(map(str, tile_size))} holds {volume} tokens: "
-                             f"wanted at most {BLOCK} or a multiple of {BLOCK}")
         shape = tuple(latent // patch for latent, patch in zip(raw_latent_shape, patch_size, strict=True))
-        grid = TokenGrid(shape, prefix, suffix)
-        device = torch.device(device)
-        tiles = num_tiles(shape, tile_size)
-        slots = tile_slots(tile_size)
-        sizes = construct_variable_block_sizes(shape, tiles, device, tile_size)
-        per_block = [(sizes - first).clamp(0, BLOCK) for first in range(0, slots, BLOCK)]
-        block_sizes = torch.stack(per_block, dim=1).flatten()
-        partition = get_tile_partition_indices(shape, tile_size, device) + prefix
-        non_pad = get_non_pad_index(sizes, slots)
-        if others := grid.num_other_tokens:
-            last_video = prefix + grid.num_video_tokens
-            partition = torch.cat([partition, torch.arange(prefix, device=device),
-                                   torch.arange(last_video, grid.num_tokens, device=device)])
-            first_slot = math.prod(tiles) * slots
-            non_pad = torch.cat([non_pad, torch.arange(first_slot, first_slot + others, device=device)])
-            extra = [min(BLOCK, others - first) for first in range(0, others, BLOCK)]
-            block_sizes = torch.cat([block_sizes, torch.tensor(extra, dtype=torch.int32, device=device)])
-        reverse = torch.argsort(partition)
-        return VideoSparseAttentionMetadata(
-            current_timestep=current_timestep, dit_seq_shape=list(shape), VSA_sparsity=VSA_sparsity,
-            num_tiles=list(tiles), total_seq_length=grid.num_tokens, tile_partition_indices=partition,
-            reverse_tile_partition_indices=reverse, variable_block_sizes=sizes, non_pad_index=non_pad,
-            tile_size=tuple(tile_size), grid=grid, untile_combined_index=non_pad[reverse],
-            kernel_block_sizes=block_sizes, cache_tile_buf=cache_tile_buf)
+        return VideoSparseAttentionMetadata.of_grid(
+            TokenGrid(shape, prefix, suffix, hidden), tile_size, device, current_timestep=current_timestep,
+            VSA_sparsity=VSA_sparsity, cache_tile_buf=cache_tile_buf)
 
 
 class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
@@ -200,25 +118,11 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
 
     def tile_parts(self, parts: tuple[Tensor, ...], attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """`tile` of the parts stacked on the batch axis, without the stacked copy. Same aliasing contract."""
-        first = parts[0]
-        if any(x.shape[1] != attn_metadata.total_seq_length for x in parts):
-            raise ValueError(f"tile: found sequences of {[x.shape[1] for x in parts]} tokens, "
-                             f"wanted {attn_metadata.total_seq_length}")
-        shape = (sum(x.shape[0] for x in parts), attn_metadata.padded_seq_length, *first.shape[2:])
-        buf = attn_metadata.tile_buf if attn_metadata.cache_tile_buf else None
-        if buf is None or buf.shape != shape or buf.dtype != first.dtype or buf.device != first.device:
-            buf = torch.zeros(shape, dtype=first.dtype, device=first.device)
-            if attn_metadata.cache_tile_buf:
-                attn_metadata.tile_buf = buf
-        row = 0
-        for x in parts:
-            buf[row:row + x.shape[0]].index_copy_(1, attn_metadata.untile_combined_index, x)
-            row += x.shape[0]
-        return buf
+        return to_slots(parts, attn_metadata)
 
     def untile(self, x: Tensor, attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """Tokens back in sequence order, padding dropped.   x: [B, S, H, D] -> [B, total_seq_length, H, D]"""
-        return x.index_select(1, attn_metadata.untile_combined_index)
+        return to_sequence(x, attn_metadata)
 
     def preprocess_qkv(self, qkv: Tensor, attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """Tile q, k, v (and gate) stacked on the batch axis. Aliasing contract: `tile`."""
@@ -233,9 +137,9 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         md = attn_metadata
         tiles = md.variable_block_sizes.shape[0]
         if md.topk == tiles:
-            every = torch.arange(tiles, dtype=torch.int32, device=query.device)
-            return every.expand(query.shape[0], query.shape[2], tiles, tiles)
-        return select_top_tiles(self._means(query, md), self._means(key, md), md.topk, self.softmax_scale)
+            return self._every_tile(query, tiles)
+        return select_tiles(self._means(query, md), self._means(key, md), md.topk, self.softmax_scale,
+                            backend=self.backend)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, gate_compress: Tensor | None,
@@ -263,26 +167,54 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             self._add_coarse(output, query, key, value, gate_compress, md)
         return output
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: VideoSparseAttentionMetadata,
+               gate_compress: Tensor | None = None) -> Tensor:
+        """What preprocess_qkv, forward and postprocess_output compute.   [B, total_seq_length, H, D] -> the same
+
+        Without tiled copies where the kernel gathers tokens: beside the result, memory for the tile means, the
+        scores of some heads and the lists. Errors: as in `forward`.
+        """
+        md = attn_metadata
+        parts = (query, key, value) if gate_compress is None else (query, key, value, gate_compress)
+        if any(x.shape != (query.shape[0], md.total_seq_length, *query.shape[2:]) for x in parts):
+            raise ValueError(f"attend: found {[list(x.shape) for x in parts]}, "
+                             f"wanted one shape with {md.total_seq_length} tokens")
+        query, key, value, *gate = (x if x.stride(3) == 1 else x.contiguous() for x in parts)
+        tiles, topk = md.variable_block_sizes.shape[0], md.topk
+        means = ()
+        if gate or topk < tiles:
+            means = tile_means((query, key, value)[:3 if gate else 2], md.token_rows, tiles, md.blocks_per_tile,
+                               self.backend)
+        lists = self._lists(query, means, tiles, topk, md)
+        coarse = torch.nn.functional.scaled_dot_product_attention(*means, scale=self.softmax_scale) if gate else None
+        return attend_lists_in_sequence(query, key, value, *lists, md, self.softmax_scale, self.backend,
+                                        gate[0] if gate else None, coarse)
+
+    def _lists(self, query, means, tiles, topk, md) -> tuple[Tensor, Tensor]:
+        """indices and counts of the video's query blocks, as a kernel wants them, from the means of q and k."""
+        batch, _, heads, _ = query.shape
+        per_tile = md.blocks_per_tile
+        if topk == tiles:
+            if self.on_selection is not None:
+                self.on_selection(self._every_tile(query, tiles), md)
+            return dense_lists(batch, heads, tiles * per_tile, md)
+        indices = select_tiles(*means[:2], topk, self.softmax_scale, per_tile, md.num_other_blocks, self.backend)
+        if self.on_selection is not None:
+            self.on_selection(indices[:, :, ::per_tile, :topk * per_tile:per_tile] // per_tile, md)
+        counts = torch.full((1, 1, 1), indices.shape[3], dtype=torch.int32, device=indices.device)
+        return indices, counts.expand(indices.shape[:3])
+
+    @staticmethod
+    def _every_tile(query, tiles) -> Tensor:
+        every = torch.arange(tiles, dtype=torch.int32, device=query.device)
+        return every.expand(query.shape[0], query.shape[2], tiles, tiles)
+
     def _means(self, x: Tensor, md: VideoSparseAttentionMetadata) -> Tensor:
         return block_means(x[:, :md.num_video_slots], md.variable_block_sizes, md.slots_per_tile)
 
     def _fine(self, query, key, value, tiles, md) -> Tensor:
-        blocks = md.kernel_block_sizes.shape[0]
-        video_blocks = md.num_video_slots // BLOCK
-        others = blocks - video_blocks
-        indices, counts = tile_lists_to_blocks(tiles, md.slots_per_tile // BLOCK, tiles.shape[2], others)
-
-        def attend(q, indices, counts):
-            return block_sparse_attention(q, key, value, indices, counts, md.kernel_block_sizes,
-                                          scale=self.softmax_scale, backend=self.backend)
-
-        if not others:
-            return attend(query, indices, counts)
-        video = attend(query[:, :md.num_video_slots], indices, counts)
-        rows = (*tiles.shape[:2], others)
-        every = torch.arange(blocks, dtype=torch.int32, device=query.device).expand(*rows, blocks)
-        all_counts = torch.full((1, 1, 1), blocks, dtype=torch.int32, device=query.device).expand(rows)
-        return torch.cat([video, attend(query[:, md.num_video_slots:], every, all_counts)], dim=1)
+        lists = tile_lists_to_blocks(tiles, md.blocks_per_tile, tiles.shape[2], md.num_other_blocks)
+        return attend_lists(query, key, value, *lists, md, self.softmax_scale, self.backend)
 
     def _add_coarse(self, output, query, key, value, gate, md) -> None:
         means = (self._means(x, md) for x in (query, key, value))

@@ -1,0 +1,69 @@
+"""The seam between the attention hook and the sparse methods."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..vsa_core.grid import TokenGrid
+from .families import ModelCall
+from .run import GridRecord, Run
+
+
+class StaysDense(Exception):
+    """Raised by a method that leaves a call dense; the message is the reason that is counted."""
+
+
+class Method(Protocol):
+    """A sparse method with its settings, as the hook sees it."""
+
+    name: str
+
+    def plan(self, grid: TokenGrid, device: torch.device) -> Any:
+        """What depends on the grid only; made once per grid and run."""
+
+    def facts(self, plan: Any) -> dict[str, Any]:
+        """Plain numbers for the report: tile, tiles, kept, work."""
+
+    def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record` when there is one."""
+
+    def remarks(self, run: Run) -> list[str]:
+        """Sentences for the report of a finished run."""
+
+
+@dataclass
+class Step:
+    """One forward pass of the model, as its attention calls need it."""
+
+    run: Run
+    net: Any
+    call: ModelCall
+    scheduled: bool
+    """Whether the schedule lets this pass run sparse."""
+    number: int
+    """Forward passes of this run, this one included."""
+    index: int = 0
+    """Place of this pass's sigma in the sampling schedule, 0 .. total - 1."""
+    total: int = 1
+    """Steps in the sampling schedule."""
+    seen: int = 0
+    """The clip's self-attention calls in this pass so far."""
+    masks: list = field(default_factory=list)
+    """The attention masks of this pass with the tokens that they hide, see `masks`."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One sparse attention call, as the method needs it."""
+
+    kernel: str
+    layer: int | None
+    layers: int | None
+    step: Step
+    options: dict[str, Any]
+    """The call's transformer_options."""
+    record: GridRecord | None
+    """Where to put the density of this call, when it is sampled."""

@@ -1,0 +1,174 @@
+"""The node "Sliding Tile Attention (STA)"."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..vsa_core.backends.sliding_tile_attn import (
+    STA_TILE_SIZE,
+    SlidingTileAttentionMetadata,
+    SlidingTileAttentionMetadataBuilder,
+)
+from ..vsa_core.forward_context import set_forward_context
+from ..vsa_core.grid import Thw, TokenGrid
+from ..vsa_core.selector import AttentionBackendEnum
+from ..vsa_core.strategy import Strategy
+from ..vsa_core.tiling import auto_tile_size, parse_tile_size
+from ..vsa_core.window import Share, effective_window, first_seen, is_full, parse_window
+from .families import family_of
+from .hook import SparseAttentionHook
+from .local_layers import LocalLayers
+from .method import LayerCall, StaysDense
+from .run import Run
+from .settings import read_settings, settings_inputs, why_invalid
+
+StrategyType = io.Custom("STA_STRATEGY")
+
+AUTO_TILE, UPSTREAM_TILE = "auto", "6x8x8"
+TILE_SIZES = (AUTO_TILE, UPSTREAM_TILE, "4x4x4", "2x8x8", "4x8x8", "3x8x8", "1x8x8", "2x4x8")
+DEFAULT_WINDOW = "1.0x0.5x0.5"
+
+
+@dataclass
+class Plan:
+    """One grid: its metadata, and the strategy's windows in tiles per schedule length."""
+
+    metadata: SlidingTileAttentionMetadata
+    params: dict[int, list] = field(default_factory=dict)
+    layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN))
+
+    @property
+    def tiles(self) -> Thw:
+        return tuple(self.metadata.layout.num_tiles)
+
+
+@dataclass(frozen=True)
+class SlidingTileMethod:
+    """STA with its settings. tile_size None: `auto_tile_size` of the grid at hand. A strategy replaces the window."""
+
+    window: Thw | Share
+    tile_size: Thw | None
+    strategy: Strategy | None = None
+    name: str = "STA"
+
+    def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
+        return Plan(SlidingTileAttentionMetadataBuilder().build(
+            STA_param=self.window, current_timestep=0, raw_latent_shape=grid.thw, device=device,
+            tile_size=self.tile_size or auto_tile_size(grid.thw), prefix=grid.prefix, suffix=grid.suffix,
+            hidden=grid.hidden, cache_tile_buf=False))
+
+    def facts(self, plan: Plan) -> dict[str, Any]:
+        md, tiles = plan.metadata, plan.tiles
+        facts = {"tile": list(md.layout.tile_size), "tiles": math.prod(tiles)}
+        if self.strategy is not None:
+            made_for = f" for {self.strategy.model}" if self.strategy.model else ""
+            return {**facts, "kept": None, "window": None,
+                    "label": f"strategy{made_for}, {self.strategy.steps} steps"}
+        window = effective_window(md.STA_param, tiles)
+        return {**facts, "kept": math.prod(window), "window": list(window),
+                "label": f"window {_x(window)} of {_x(tiles)} tiles"}
+
+    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        md = plan.metadata.at(call.step.index, call.layer, self._param(plan, call))
+        heads = q.shape[2]
+        windows = md.windows(heads)
+        if self.strategy is not None and all(is_full(window, plan.tiles) for window in windows):
+            raise StaysDense("the strategy's windows cover the clip")
+        if call.record is not None:
+            call.record.densities.append(torch.tensor(md.density(heads)))
+            call.record.tile_map = window_map(windows, plan.tiles)
+        with set_forward_context(md):
+            return plan.layers.of(q, call.kernel)(q, k, v)
+
+    def remarks(self, run: Run) -> list[str]:
+        return []
+
+    def _param(self, plan: Plan, call: LayerCall):
+        if self.strategy is None:
+            return None
+        total = call.step.total
+        if total not in plan.params:
+            plan.params[total] = self.strategy.sta_param(plan.tiles, total)
+        return plan.params[total]
+
+
+def window_map(windows: tuple[Thw, ...], tiles: Thw) -> Tensor:
+    """Share of heads whose window around the middle tile holds each tile.   -> [Nt, Nh, Nw]"""
+    total = torch.zeros(tiles)
+    for window in set(windows):
+        seen = []
+        for width, n in zip(effective_window(window, tiles), tiles, strict=True):
+            first = first_seen(width, n)[n // 2]
+            seen.append(slice(first, first + width))
+        total[tuple(seen)] += windows.count(window)
+    return total / len(windows)
+
+
+class SlidingTileAttentionPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SlidingTileAttentionPatch",
+            display_name="Sliding Tile Attention (STA)",
+            category="model/patch",
+            description=(
+                "Makes a video model sample faster: in self-attention every tile of the clip attends to a window of "
+                "tiles around it. Works at any resolution and length. A strategy gives every step, layer and head "
+                "a window of its own. After a run the node says what ran sparse, what ran dense and why."),
+            search_aliases=["STA", "sliding tile", "sparse attention", "local attention", "FastVideo"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input(
+                    "window", default=DEFAULT_WINDOW,
+                    tooltip="What a tile sees, time x height x width: as fractions of the clip with a decimal point "
+                            "(1.0x0.5x0.5, the same at every resolution), or in tiles (3x3x5). Smaller is faster and "
+                            "further from dense. At the edges the window shifts inward and keeps its size. Even "
+                            "numbers of tiles act as the next odd one. Unused when a strategy is connected."),
+                io.Combo.Input(
+                    "tile_size", options=list(TILE_SIZES), default=AUTO_TILE,
+                    tooltip="Tokens per tile, time x height x width. auto takes the compact shape of up to 64 tokens "
+                            "that wastes least at this resolution. 6x8x8 is what published strategies were made "
+                            "for. Any tile of 64, 128, 192, ... tokens is accepted."),
+                StrategyType.Input(
+                    "strategy", optional=True,
+                    tooltip="Windows per step, layer and head, from a file or a search. It is fitted to this clip's "
+                            "grid and number of steps; it must be for a model of as many layers and heads."),
+                *settings_inputs(),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, window=None, tile_size=None, start_percent=None, end_percent=None, dense_blocks=None):
+        return why_invalid(
+            lambda: read_method(DEFAULT_WINDOW if window is None else window,
+                                AUTO_TILE if tile_size is None else tile_size),
+            start_percent, end_percent, dense_blocks)
+
+    @classmethod
+    def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, **settings) -> io.NodeOutput:
+        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        method = read_method(window, tile_size, strategy)
+        if strategy is not None:
+            family, net = family_of(model.model), model.model.diffusion_model
+            strategy.require(family.layer(net, {}, 0)[1], family.heads(net)[0])
+        return io.NodeOutput(SparseAttentionHook.install(model, method, read_settings(**settings), node_id))
+
+
+def read_method(window: str, tile_size: str, strategy: Strategy | None = None) -> SlidingTileMethod:
+    """The node's own widgets as a method. Raises ValueError: found, wanted."""
+    if tile_size == AUTO_TILE:
+        tile = strategy.tile if strategy is not None else None
+    else:
+        tile = STA_TILE_SIZE if tile_size == UPSTREAM_TILE else parse_tile_size(tile_size)
+    return SlidingTileMethod(parse_window(window), tile, strategy)
+
+
+def _x(thw) -> str:
+    return "x".join(map(str, thw))

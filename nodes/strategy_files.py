@@ -1,0 +1,136 @@
+"""The nodes that load and save a mask strategy, and the folders they look in."""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..vsa_core.strategy_files import load_strategy, save_strategy
+from ..vsa_core.window import check_window
+from .sliding_tile_attention import StrategyType
+
+FOLDER = "sta_strategies"
+NO_FILE = "(put a .json into models/sta_strategies)"
+
+
+def register_folders() -> None:
+    """Tell ComfyUI about models/sta_strategies and output/sta_strategies; doing it again changes nothing."""
+    for root in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".json"})
+
+
+def strategy_names() -> list[str]:
+    """Files that the load node offers; one placeholder that says what to do when there are none."""
+    register_folders()
+    return folder_paths.get_filename_list(FOLDER) or [NO_FILE]
+
+
+def parse_tiles(text: str):
+    """The grid in tiles that "5x6x10" names, None for an empty text. Raises ValueError: found, wanted."""
+    if not str(text or "").strip():
+        return None
+    parts = re.fullmatch(r"\s*(\d+)\s*[x×,]\s*(\d+)\s*[x×,]\s*(\d+)\s*", str(text))
+    if not parts:
+        raise ValueError(f"grid_tiles {text!r}: wanted tiles along time x height x width, such as 5x6x10, or nothing")
+    return check_window([int(n) for n in parts.groups()])
+
+
+class LoadSTAStrategy(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadSTAStrategy",
+            display_name="Load STA Strategy",
+            category="model/loaders",
+            description=(
+                "Reads a mask strategy for Sliding Tile Attention: FastVideo's JSON or this pack's own, from "
+                "models/sta_strategies or output/sta_strategies."),
+            search_aliases=["mask strategy", "STA"],
+            inputs=[
+                io.Combo.Input("strategy_name", options=strategy_names(),
+                               tooltip="A .json file in models/sta_strategies or output/sta_strategies."),
+                io.String.Input(
+                    "grid_tiles", default="", advanced=True,
+                    tooltip="Only for FastVideo's form: how many tiles the clip had that the file was made for, such "
+                            "as 5x6x10. Empty: told from the widest window, which the published files need."),
+            ],
+            outputs=[StrategyType.Output("strategy"), io.String.Output("description")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, strategy_name=None, grid_tiles=None):
+        try:
+            parse_tiles(grid_tiles)
+        except ValueError as error:
+            return str(error)
+        if strategy_name is not None and strategy_name not in folder_paths.get_filename_list(FOLDER):
+            return (f"strategy file {strategy_name!r} is not in models/{FOLDER} nor in output/{FOLDER}: put it there "
+                    "and refresh the page")
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, strategy_name, grid_tiles=""):
+        path = folder_paths.get_full_path(FOLDER, strategy_name)
+        return (strategy_name, grid_tiles, os.path.getmtime(path) if path else None)
+
+    @classmethod
+    def execute(cls, strategy_name, grid_tiles="") -> io.NodeOutput:
+        strategy = load_strategy(folder_paths.get_full_path_or_raise(FOLDER, strategy_name), parse_tiles(grid_tiles))
+        return io.NodeOutput(strategy, describe(strategy))
+
+
+class SaveSTAStrategy(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaveSTAStrategy",
+            display_name="Save STA Strategy",
+            category="model/loaders",
+            description="Writes a mask strategy to output/sta_strategies, where Load STA Strategy finds it.",
+            search_aliases=["mask strategy", "STA"],
+            is_output_node=True,
+            inputs=[
+                StrategyType.Input("strategy"),
+                io.String.Input("filename_prefix", default="strategy",
+                                tooltip="The file is called prefix_00001.json, counting up: nothing is overwritten."),
+                io.String.Input(
+                    "grid_tiles", default="", advanced=True,
+                    tooltip="Empty: this pack's form, which fits any resolution. Tiles such as 5x6x10: FastVideo's "
+                            "form for a clip of so many tiles."),
+            ],
+            outputs=[io.String.Output("path")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, grid_tiles=None):
+        try:
+            parse_tiles(grid_tiles)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, strategy, filename_prefix="strategy", grid_tiles="") -> io.NodeOutput:
+        root = os.path.join(folder_paths.get_output_directory(), FOLDER)
+        os.makedirs(root, exist_ok=True)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        path = Path(folder) / f"{name}_{counter:05}.json"
+        save_strategy(strategy, path, parse_tiles(grid_tiles))
+        text = f"saved {path.name}: {describe(strategy)}"
+        return io.NodeOutput(str(path), ui={"text": [text]})
+
+
+def describe(strategy) -> str:
+    """A strategy in one line: size, origin, how its heads are spread over the windows."""
+    total = sum(strategy.uses.values())
+    common = sorted(strategy.uses.items(), key=lambda item: -item[1])[:4]
+    shares = ", ".join(f"{'x'.join(f'{part:.2f}' for part in window)} {count / total:.0%}" for window, count in common)
+    origin = f"{strategy.model}, " if strategy.model else ""
+    grid = f", made at {'x'.join(map(str, strategy.grid))} tokens" if strategy.grid else ""
+    return (f"{origin}{strategy.steps} steps, {strategy.layers} layers of {strategy.heads} heads{grid}; "
+            f"windows as fractions of the clip: {shares}")

@@ -1,0 +1,154 @@
+"""The search node on a model whose heads are local by construction."""
+import os
+
+import pytest
+import torch
+
+LATENT = (8, 16, 16)      # 8x8x8 tokens: 2x2x2 tiles of 4x4x4
+LATENT_LONG = (24, 16, 48)   # 24x8x24 tokens: 6x2x6 tiles of 4x4x4
+
+
+def plant(model):
+    """A clone of the tiny Wan whose head 0 looks along time and height only (local in width), head 1 along height
+    and width only (local in time): constant queries and keys with weight on one axis' rotary frequencies."""
+    clone = model.clone()
+    net = model.model.diffusion_model
+    sizes = (44, 42, 42)                 # rotary channels of t, h, w in a head of 128
+    offsets = {"t": 0, "h": sizes[0], "w": sizes[0] + sizes[1]}
+    bias = torch.full((256,), 1e-4)
+    for head, axis in ((0, "w"), (1, "t")):
+        first = head * 128 + offsets[axis]
+        bias[first:first + 20] = 1.0     # the fast half: neighbours differ
+    for i in range(len(net.blocks)):
+        name = f"diffusion_model.blocks.{i}.self_attn"
+        for part in "qk":
+            weight = clone.get_key_patches(f"{name}.{part}.weight")
+            shape = net.blocks[i].self_attn.q.weight.shape
+            assert weight is not None
+            clone.add_patches({f"{name}.{part}.weight": ("set", (torch.zeros(shape),)),
+                               f"{name}.{part}.bias": ("set", (bias,)),
+                               f"{name}.norm_{part}.weight": ("set", (torch.full((256,), 6.0),))}, 1.0)
+    return clone
+
+
+@pytest.fixture
+def conditions(wan):
+    from sampling import conditioning, kind_of
+    gen = torch.Generator().manual_seed(0)
+    return [conditioning(wan, kind_of(wan), gen, LATENT, 4.0) for _ in range(2)]
+
+
+@pytest.fixture
+def search(comfyui, conditions):
+    from pack.nodes import strategy_files
+    from pack.nodes.strategy_search import STAStrategySearch
+    strategy_files.register_folders()
+
+    def run(model, latent=LATENT_LONG, steps=2, **widgets):
+        widgets = {"tile_size": "4x4x4", "measured_steps": 1, **widgets}
+        samples = {"samples": torch.zeros(1, 16, *latent)}
+        with torch.inference_mode():
+            return STAStrategySearch.execute(model, *conditions, samples, 3, steps, 1.0, "euler", "simple", **widgets)
+    return run
+
+
+def test_the_search_finds_the_windows_that_were_planted(wan, search):
+    strategy, report, picture = search(plant(wan), candidates="1x1x1 6x2x3 3x2x6 6x2x1 1x2x6", max_error=0.05)[:3]
+    windows = strategy.sta_param((6, 2, 6))[0]
+    for layer in windows:
+        assert layer[0][0] == 6 and layer[0][2] <= 3, layer      # all of time, a part of the width
+        assert layer[1][2] == 6 and layer[1][0] <= 3, layer      # all of the width, a part of time
+    assert "density" in report and picture.shape[0] == 1
+
+
+def test_running_with_the_result_reproduces_its_table(wan, search, draw):
+    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
+    model = plant(wan)
+    strategy, report = search(model, max_error=0.1)[:2]
+    patched = SlidingTileAttentionPatch.execute(model, "1x1x1", "4x4x4", strategy, min_tokens=0, start_percent=0.0,
+                                                verbose=True)[0]
+    dense, sparse = draw(model, LATENT_LONG, cfg=1.0), draw(patched, LATENT_LONG, cfg=1.0)
+    run = SparseAttentionHook.of(patched)[-1].last_run
+    full = run.dense["the strategy's windows cover the clip"]
+    measured = (sum(float(x) for record in run.records.values() for x in record.densities) + full) / (
+        run.sparse_calls + full)
+    foreseen = float(report.split("density ")[1].split("%")[0]) / 100
+    assert measured == pytest.approx(foreseen, abs=0.002)
+    assert ((sparse - dense).norm() / dense.norm()).item() < 0.1
+
+
+def test_a_density_goal_is_kept(wan, search):
+    from pack.nodes.strategy_search import DENSITY
+    strategy, report = search(wan, goal=DENSITY, max_density=0.4)[:2]
+    assert float(report.split("density ")[1].split("%")[0]) <= 40.0
+    assert strategy.steps == 1 and strategy.layers == 2 and strategy.heads == 2
+
+
+def test_an_error_bound_of_zero_keeps_everything(wan, search):
+    strategy, report = search(wan, max_error=0.0)[:2]
+    assert report.startswith("density 100.0%, error 0.000")
+    assert set(strategy.windows) == {(1.0, 1.0, 1.0)}
+
+
+def test_the_sampling_of_a_search_is_the_dense_one(wan, draw, comfyui):
+    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.settings import read_settings
+    from pack.nodes.strategy_measurement import Search
+    search = Search("1x1x1", (4, 4, 4), 1, 2, 2, "/nonexistent/state", lambda text: None)
+    search._keep = lambda: None
+    patched = SparseAttentionHook.install(wan, search, read_settings(min_tokens=0, start_percent=0.0, strict=True))
+    dense, found = draw(wan, LATENT), draw(patched, LATENT)
+    assert ((found - dense).norm() / dense.norm()).item() <= 1e-5
+    assert search.table.calls.min() > 0
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(wan, search, monkeypatch):
+    import comfy.model_management
+    import folder_paths
+
+    from pack.nodes import strategy_measurement
+    from pack.nodes.strategy_files import FOLDER
+    calls, stops, original = [], [4], strategy_measurement.candidate_errors
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if stops and len(calls) == stops[0]:
+            stops.clear()
+            comfy.model_management.interrupt_current_processing()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(strategy_measurement, "candidate_errors", counted)
+    knobs = dict(latent=(8, 16, 32), steps=4, measured_steps=3, max_error=0.07)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        search(wan, **knobs)
+    folder = os.path.join(folder_paths.get_output_directory(), FOLDER)
+    assert [name for name in os.listdir(folder) if name.startswith("unfinished_")]
+    calls.clear()
+    resumed = search(wan, **knobs)
+    assert len(calls) == 4                       # the first of three steps, two layers, was not measured again
+    assert not [name for name in os.listdir(folder) if name.startswith("unfinished_")]
+    assert resumed[0] == search(wan, **knobs)[0]
+
+
+def test_the_cost_is_said_before_the_search_starts(wan, search, caplog):
+    import logging
+    with caplog.at_level(logging.INFO):
+        search(wan, latent=(8, 16, 32))
+    text = caplog.text
+    assert "a measured step takes about" in text
+    assert text.index("a measured step takes about") < text.index("STA search: measuring")
+
+
+@pytest.mark.parametrize(("widgets", "message"), [
+    ({"candidates": "3x3"}, "wanted time x height x width"),
+    ({"candidates": "9x9x9"}, "too small for these windows"),
+])
+def test_candidates_that_are_none_are_refused(wan, search, widgets, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        search(wan, latent=LATENT, **widgets)
+
+
+def test_more_measured_steps_than_steps_are_refused(comfyui):
+    from pack.nodes.strategy_search import STAStrategySearch
+    assert "measured_steps 9 of 4 steps" in STAStrategySearch.validate_inputs(measured_steps=9, steps=4)

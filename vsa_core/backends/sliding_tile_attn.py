@@ -1,0 +1,246 @@
+"""Sliding Tile Attention (STA): every tile of queries attends to a window of tiles around it, per head.
+
+Zhang et al., "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507; names and rules: FastVideo
+attention/backends/sliding_tile_attn.py before its removal in #1124. Wider than upstream: any grid, any tile whose
+volume is a multiple of 64 or at most 64, and tokens that are not video before and after the grid.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import Thw, TokenGrid
+from ..layout import TileLayout, to_sequence, to_slots
+from ..lowering import attend_lists, attend_lists_in_sequence
+from ..window import Share, check_share, check_window, window_density, window_of_share
+from ..window_lists import WindowLists
+from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+
+STA_TILE_SIZE: Thw = (6, 8, 8)
+"""The tile of every published strategy."""
+
+
+class RangeDict(dict):
+    """A dict whose keys may be (first, last) ranges of integers, both ends included."""
+
+    def __getitem__(self, item):
+        for key in self:
+            if key[0] <= item <= key[1] if isinstance(key, tuple) else key == item:
+                return super().__getitem__(key)
+        keys = ", ".join(f"{key[0]} to {key[1]}" if isinstance(key, tuple) else str(key) for key in self)
+        raise KeyError(f"sequence of {item} tokens: wanted {keys}, or metadata built with raw_latent_shape")
+
+
+UPSTREAM_SHAPES = RangeDict({(115200, 115456): (30, 48, 80), 82944: (36, 48, 48), 69120: (18, 48, 80)})
+"""Token grids that FastVideo recognises by the sequence length; what is longer than the grid is text behind it."""
+
+
+@dataclass
+class SlidingTileAttentionMetadata(AttentionMetadata):
+    """The windows of a run, and the token grid that they slide over."""
+
+    STA_param: list[list[Any]] | Thw
+    """Windows in tiles as [step][layer][head], or one for all."""
+    layer: int | None = None
+    """Transformer block of the next call, for an implementation that does not know its own."""
+    layout: TileLayout | None = None
+    """None until the first sequence shows its length, when the metadata was built without a grid."""
+    lists: WindowLists | None = field(default=None, repr=False)
+
+    def at(self, current_timestep: int, layer: int | None = None, STA_param=None) -> SlidingTileAttentionMetadata:
+        """This metadata for one call: another step, layer and, unless None, other windows. Shares all tensors."""
+        return replace(self, current_timestep=current_timestep, layer=layer,
+                       STA_param=self.STA_param if STA_param is None else STA_param)
+
+    def on(self, tokens: int, device: torch.device) -> TileLayout:
+        """The layout, which metadata without a grid reads off the sequence length as upstream does."""
+        if self.layout is None:
+            thw = UPSTREAM_SHAPES[tokens]
+            grid = TokenGrid(thw, suffix=tokens - thw[0] * thw[1] * thw[2])
+            self.layout = TileLayout.of_grid(grid, STA_TILE_SIZE, device)
+            self.lists = WindowLists(self.layout)
+        return self.layout
+
+    def windows(self, heads: int, layer: int | None = None) -> tuple[Thw, ...]:
+        """The window of every head at this step. Raises ValueError where STA_param has none: found, wanted."""
+        param = self.STA_param
+        if isinstance(param[0], int):
+            return (tuple(param),) * heads
+        layer = self.layer if layer is None else layer
+        if layer is None:
+            raise ValueError("windows differ per layer and the layer is unknown: wanted metadata.at(step, layer) or "
+                             "an implementation with a prefix such as blocks.7.attn1.impl")
+        place = f"step {self.current_timestep}, layer {layer}"
+        if not 0 <= self.current_timestep < len(param):
+            raise ValueError(f"windows for {place}: STA_param has {len(param)} steps; resample the strategy")
+        if not 0 <= layer < len(param[self.current_timestep]):
+            raise ValueError(f"windows for {place}: STA_param has {len(param[self.current_timestep])} layers; "
+                             "wanted a strategy made for this model")
+        row = param[self.current_timestep][layer]
+        if len(row) != heads:
+            raise ValueError(f"windows for {place}: STA_param has {len(row)} heads, the model {heads}; "
+                             "wanted a strategy made for this model")
+        if None in row:
+            raise ValueError(f"windows for {place}: head {list(row).index(None)} has none; wanted one for every head")
+        return row if isinstance(row, tuple) and isinstance(row[0], tuple) else tuple(map(tuple, row))
+
+    def density(self, heads: int = 1, layer: int | None = None) -> float:
+        """Share of query-key pairs computed at this step and layer, averaged over the heads."""
+        windows = self.windows(heads, layer)
+        return sum(window_density(self.layout.grid, self.layout.tile_size, window) * windows.count(window)
+                   for window in set(windows)) / heads
+
+
+class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
+    """Builds the index tensors of one grid."""
+
+    def __init__(self) -> None:
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+    def build(  # type: ignore[override]
+        self, STA_param: list[list[Any]] | Thw | Share, current_timestep: int, raw_latent_shape: Thw | None = None,
+        patch_size: Thw = (1, 1, 1), device: torch.device | str = "cpu", tile_size: Thw = STA_TILE_SIZE,
+        prefix: int = 0, suffix: int = 0, hidden: tuple[int, ...] = (), layer: int | None = None,
+        cache_tile_buf: bool = True, **kwargs,
+    ) -> SlidingTileAttentionMetadata:
+        """Metadata for a latent of raw_latent_shape (t, h, w) cells, cut by patch_size into tokens, floor.
+
+        STA_param: windows in tiles as [step][layer][head], one window for all, or one as fractions of the grid.
+        raw_latent_shape None: one of upstream's three grids, told by the length of the first sequence.
+        prefix, suffix, hidden: the tokens that are not video, as in `TokenGrid`.
+        Raises ValueError for a window, tile or grid that is none.
+        """
+        if not isinstance(STA_param, Sequence) or isinstance(STA_param, str) or not len(STA_param):
+            raise ValueError(f"STA_param {STA_param!r}: wanted a window such as (3, 3, 5), or windows as "
+                             "[step][layer][head]")
+        layout = None
+        if raw_latent_shape is not None:
+            shape = tuple(latent // patch for latent, patch in zip(raw_latent_shape, patch_size, strict=True))
+            layout = TileLayout.of_grid(TokenGrid(shape, prefix, suffix, hidden), tuple(tile_size), device,
+                                        cache_tile_buf=cache_tile_buf)
+        if any(isinstance(part, float) for part in STA_param):
+            share = check_share(STA_param)
+            if layout is None:
+                raise ValueError(f"STA_param {list(share)} in fractions of the grid: wanted raw_latent_shape too")
+            STA_param = window_of_share(share, layout.num_tiles)
+        elif not isinstance(STA_param[0], Sequence):
+            STA_param = check_window(STA_param)
+        return SlidingTileAttentionMetadata(
+            current_timestep=current_timestep, STA_param=STA_param, layer=layer, layout=layout,
+            lists=None if layout is None else WindowLists(layout))
+
+
+class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
+    """STA on tiled tensors [B, S, H, D]."""
+
+    def __init__(
+        self, num_heads: int, head_size: int, causal: bool = False, softmax_scale: float | None = None,
+        num_kv_heads: int | None = None, prefix: str = "", backend: str = "auto", **extra_impl_args,
+    ) -> None:
+        """backend: the kernel, as in `kernels.block_sparse_attention`.
+
+        The last number in prefix, such as 7 in blocks.7.attn1.impl, is the layer; without one the metadata says it.
+        Raises ValueError for causal attention and for fewer key heads than query heads: STA has neither.
+        """
+        if causal:
+            raise ValueError("sliding tile attention is not causal: found causal=True, wanted False")
+        if num_kv_heads not in (None, num_heads):
+            raise ValueError(f"found {num_kv_heads} key heads for {num_heads} query heads: wanted as many")
+        self.num_heads, self.head_size, self.prefix, self.backend = num_heads, head_size, prefix, backend
+        self.softmax_scale = head_size ** -0.5 if softmax_scale is None else softmax_scale
+        numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
+        self.layer = numbers[-1] if numbers else None
+
+    def tile(self, x: Tensor, attn_metadata: SlidingTileAttentionMetadata | None = None) -> Tensor:
+        """Tokens in slot order, padding slots zero.   x: [B, tokens, H, D] -> [B, S, H, D]
+
+        Without metadata the grid is upstream's for this length. With it, aliasing contract: `layout.to_slots`.
+        """
+        return to_slots((x,), self._layout(x, attn_metadata))
+
+    def tile_parts(self, parts: tuple[Tensor, ...], attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
+        """`tile` of the parts stacked on the batch axis, without the stacked copy. Same aliasing contract."""
+        return to_slots(parts, self._layout(parts[0], attn_metadata))
+
+    def untile(self, x: Tensor, attn_metadata: SlidingTileAttentionMetadata | None = None) -> Tensor:
+        """Tokens back in sequence order, padding dropped.   x: [B, S, H, D] -> [B, tokens, H, D]
+
+        Without metadata x is one of upstream's grids and no text.
+        """
+        return to_sequence(x, self._layout(x, attn_metadata))
+
+    def preprocess_qkv(self, qkv: Tensor, attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
+        """Tile q, k and v stacked on the batch axis. Aliasing contract: `layout.to_slots`."""
+        return self.tile(qkv, attn_metadata)
+
+    def postprocess_output(self, output: Tensor, attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
+        """Undo `preprocess_qkv`."""
+        return self.untile(output, attn_metadata)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
+        """Softmax attention of every query tile over its head's window, on tiled tensors [B, S, H, D] -> the same.
+
+        Tokens that are not video are seen by all queries, and their queries see everything.
+        Raises ValueError for operands or windows that do not fit the metadata, NoKernel when no kernel can run them.
+        """
+        md, layout = attn_metadata, attn_metadata.layout
+        if layout is None or q.shape[1] != layout.padded_seq_length:
+            wanted = "the output of preprocess_qkv" if layout is None else f"{layout.padded_seq_length}"
+            raise ValueError(f"forward: found {q.shape[1]} slots, wanted {wanted} "
+                             "(the output of preprocess_qkv with this metadata)")
+        return self._launch(attend_lists, q, k, v, md)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata,
+               gate_compress: Tensor | None = None) -> Tensor:
+        """tile, forward and untile in one, by a kernel that reads tiles out of the sequence where there is one.
+
+        [B, tokens, H, D] -> [B, tokens, H, D]
+        """
+        if gate_compress is not None:
+            raise ValueError("sliding tile attention has no coarse branch: found gate_compress, wanted None")
+        self._layout(query, attn_metadata)
+        return self._launch(attend_lists_in_sequence, query, key, value, attn_metadata)
+
+    def _launch(self, run, q: Tensor, k: Tensor, v: Tensor, md: SlidingTileAttentionMetadata) -> Tensor:
+        parts = [
+            run(q[:, :, part.heads], k[:, :, part.heads], v[:, :, part.heads], *md.lists.lists(part, q.shape[0]),
+                md.layout, self.softmax_scale, self.backend)
+            for part in md.lists.launches(md.windows(q.shape[2], self.layer))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    @staticmethod
+    def _layout(x: Tensor, md: SlidingTileAttentionMetadata | None) -> TileLayout:
+        if md is not None:
+            return md.on(x.shape[1], x.device)
+        thw = UPSTREAM_SHAPES[x.shape[1]]
+        return TileLayout.of_grid(TokenGrid(thw, suffix=x.shape[1] - thw[0] * thw[1] * thw[2]), STA_TILE_SIZE,
+                                  x.device, cache_tile_buf=False)
+
+
+class SlidingTileAttentionBackend(AttentionBackend):
+    """STA, for the selector and the tables."""
+
+    accept_output_buffer: bool = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "SLIDING_TILE_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[SlidingTileAttentionImpl]:
+        return SlidingTileAttentionImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[SlidingTileAttentionMetadata]:
+        return SlidingTileAttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[SlidingTileAttentionMetadataBuilder]:
+        return SlidingTileAttentionMetadataBuilder
