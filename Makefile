@@ -1,18 +1,20 @@
 # Every target works on a fresh clone: what it needs is made first. Everything made is in .cache.
 #   PYTHON        interpreter for the environment (default: python3.11, else python3)
 #   VENV          the environment (default: .cache/venv)
+#   GPU_PYTHON    interpreter with a CUDA torch, einops and pytest, for the targets that need a GPU (default: python3)
 #   COMFYUI_PATH  a ComfyUI checkout to use (default: the one this pack sits in, else one is fetched)
 
 ifndef PYTHON
 PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 endif
 VENV ?= .cache/venv
+GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 FOUND := .cache/comfyui.found
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick bench aot clean FORCE
+.PHONY: help setup demo test test-quick bench aot gpu bench-gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +39,17 @@ bench: $(READY) ## the reference kernel against dense attention
 
 aot: $(READY) ## compile the Triton kernels ahead of time for every supported GPU
 	$(VENV)/bin/python dev/aot.py
+
+gpu: ## on an NVIDIA GPU: every kernel against the oracle, 1000 equal runs, compute-sanitizer where there is one
+	$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck synccheck; do \
+			timeout 100 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) dev/self_test.py || exit 1; done; \
+	else echo "compute-sanitizer is not here: not run"; fi
+
+bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into benchmarks/results (under 9 minutes)
+	$(GPU_PYTHON) dev/self_test.py
+	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
 
 clean: ## remove everything that was made, .cache first of all
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

@@ -5,21 +5,28 @@ list came about, and what the tokens are, is not this package's business.
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from . import reference, triton
-from .spec import BLOCK, Call, KernelSpec, NoKernel
+from . import cuda_sm90, gathered, reference, self_test, triton
+from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
+from .tile_ops import select_tiles, tile_means
 
-__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "NoKernel",
-           "block_sparse_attention", "choose_kernel", "explain_kernels"]
+__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "KernelUnusable", "NoKernel",
+           "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
 
 AUTO = "auto"
-KERNELS: tuple[KernelSpec, ...] = (triton.SPEC, reference.SPEC)
+KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
 
 
 def explain_kernels(call: Call, auto: bool = False) -> dict[str, str | None]:
     """For every kernel in the order of preference: None if it runs `call`, else the reason why not."""
-    return {spec.name: spec.refusal(call, auto) for spec in KERNELS}
+    return {spec.name: _refusal(spec, call, auto) for spec in KERNELS}
+
+
+def _refusal(spec: KernelSpec, call: Call, auto: bool) -> str | None:
+    return spec.refusal(call, auto) or self_test.refusal(spec, call)
 
 
 def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None) -> KernelSpec:
@@ -36,7 +43,7 @@ def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | Non
     for spec in KERNELS:
         if backend not in (AUTO, spec.name):
             continue
-        reason = exclude.get(spec.name) or spec.refusal(call, auto=backend == AUTO)
+        reason = exclude.get(spec.name) or _refusal(spec, call, auto=backend == AUTO)
         if reason is None:
             return spec
         reasons[spec.name] = reason
@@ -53,6 +60,8 @@ def block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     indices: torch.Tensor, counts: torch.Tensor, block_sizes: torch.Tensor,
     scale: float | None = None, backend: str = AUTO, return_lse: bool = False,
+    token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
+    blocks_per_tile: int = 1,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of every query block over its own list of key blocks.
 
@@ -64,16 +73,26 @@ def block_sparse_attention(
     Returns out [B, Sq, H, D] in q's dtype, contiguous, and with return_lse also the natural log of the sum of
     exponentials, float32 [B, H, Sq]. A row that sees no key gives 0 and -inf. Queries in padding slots are
     computed like any other. A NaN in a query stays in its own row.
-    Raises ValueError for operands that break this contract, NoKernel when no kernel can run them.
+
+    token_rows: int32 [slots], the row of q, k and v that lies in every slot of the blocks, -1 for padding; every row
+    in exactly one slot, not checked. Then q, k, v, out and the LSE are in the order of the sequence, any length S;
+    Nq = Nkv = slots/64, and indices and counts may stop early: query blocks behind them attend to every block.
+    gate: [B, S, H, D], strided like q, and coarse: float32 [B, H, N, D] (float64 for float64), only with token_rows:
+    out is the attention plus gate * coarse[block // blocks_per_tile], unchanged where N*blocks_per_tile <= block.
+
+    A GPU kernel is tested before its first use (`self_test.py`); "auto" passes over one that fails.
+    Raises ValueError for operands that break this contract, NoKernel when no kernel can run them, KernelUnusable
+    when the one that `backend` names cannot be loaded or fails its test.
     """
-    check_operands(q, k, v, indices, counts, block_sizes)
-    spec = choose_kernel(Call.of(q), backend)
+    check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = _block_sparse_attention(q, k, v, indices, counts, block_sizes, scale, spec.name, return_lse)
+    out, lse = _block_sparse_attention(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
+                                       token_rows, gate, coarse, blocks_per_tile)
     return (out, lse) if return_lse else out
 
 
-def check_operands(q, k, v, indices, counts, block_sizes) -> None:
+def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=None, coarse=None,
+                   blocks_per_tile=1) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit the contract. Looks at no tensor's values."""
     def fail(found: str, wanted: str):
         raise ValueError(f"block_sparse_attention: found {found}, wanted {wanted}")
@@ -81,7 +100,7 @@ def check_operands(q, k, v, indices, counts, block_sizes) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             fail(f"{name} {list(x.shape)}", "[batch, sequence, heads, head_dim]")
-        if x.shape[1] % BLOCK:
+        if token_rows is None and x.shape[1] % BLOCK:
             fail(f"{name} of {x.shape[1]} slots", f"a multiple of {BLOCK}")
         if x.dtype != q.dtype or x.device != q.device:
             fail(f"{name} in {x.dtype} on {x.device}", f"q's {q.dtype} on {q.device}")
@@ -90,16 +109,24 @@ def check_operands(q, k, v, indices, counts, block_sizes) -> None:
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         fail(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
              "k and v of one shape, with q's batch, heads and head_dim")
-    batch, slots, heads, _ = q.shape
-    rows = (batch, heads, slots // BLOCK)
-    if indices.ndim != 4 or tuple(indices.shape[:3]) != rows:
-        fail(f"indices {list(indices.shape)}", f"[{', '.join(map(str, rows))}, K]")
-    if tuple(counts.shape) != rows:
-        fail(f"counts {list(counts.shape)}", f"{list(rows)}")
-    if tuple(block_sizes.shape) != (k.shape[1] // BLOCK,):
-        fail(f"block_sizes {list(block_sizes.shape)}", f"[{k.shape[1] // BLOCK}]")
-    for name, x in (("indices", indices), ("counts", counts), ("block_sizes", block_sizes)):
-        if x.dtype != torch.int32 or x.device != q.device:
+    if token_rows is not None:
+        if invalid := gathered.why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
+                                           blocks_per_tile):
+            fail(*invalid)
+    elif gate is not None or coarse is not None:
+        fail("gate or coarse without token_rows", "token_rows too")
+    else:
+        batch, slots, heads, _ = q.shape
+        rows = (batch, heads, slots // BLOCK)
+        if indices.ndim != 4 or tuple(indices.shape[:3]) != rows:
+            fail(f"indices {list(indices.shape)}", f"[{', '.join(map(str, rows))}, K]")
+        if tuple(counts.shape) != rows:
+            fail(f"counts {list(counts.shape)}", f"{list(rows)}")
+        if tuple(block_sizes.shape) != (k.shape[1] // BLOCK,):
+            fail(f"block_sizes {list(block_sizes.shape)}", f"[{k.shape[1] // BLOCK}]")
+    integers = (("indices", indices), ("counts", counts), ("block_sizes", block_sizes), ("token_rows", token_rows))
+    for name, x in integers:
+        if x is not None and (x.dtype != torch.int32 or x.device != q.device):
             fail(f"{name} in {x.dtype} on {x.device}", f"int32 on {q.device}")
 
 
@@ -107,14 +134,32 @@ def check_operands(q, k, v, indices, counts, block_sizes) -> None:
 def _block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     block_sizes: torch.Tensor, scale: float, backend: str, return_lse: bool,
+    token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
+    blocks_per_tile: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = next(spec for spec in KERNELS if spec.name == backend)
-    out, lse = spec.load()(q, k, v, indices, counts, block_sizes, scale, return_lse)
+    run = _ready(Call.of(q), q.device, backend)
+    out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
+                   blocks_per_tile)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
+def _ready(call: Call, device: torch.device, backend: str):
+    """Inside the op, where torch.compile does not look: the choice reads what happened earlier in this process."""
+    failed = {}
+    while True:
+        spec = choose_kernel(call, backend, failed)
+        try:
+            run = self_test.ready(spec, call, device, reference.run)
+            return run if spec.gathers else partial(gathered.on_copies, run)
+        except KernelUnusable as error:
+            if backend != AUTO:
+                raise
+            failed[spec.name] = str(error)
+
+
 @_block_sparse_attention.register_fake
-def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse):
+def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
+      token_rows=None, gate=None, coarse=None, blocks_per_tile=1):
     batch, slots, heads, _ = q.shape
     lse = (batch, heads, slots) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)

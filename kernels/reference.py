@@ -14,40 +14,77 @@ _CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
-def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
+def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
+        blocks_per_tile=1):
     """Contract and shapes: `kernels.block_sparse_attention`. Accumulates in float32 (float64 for float64)."""
-    batch, q_slots, heads, dim = q.shape
-    num_q = q_slots // BLOCK
+    batch, tokens, heads, dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros(q.shape)
-    lse = q.new_full((batch, heads, q_slots), -torch.inf, dtype=torch.float32) if return_lse else None
+    lse = q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32) if return_lse else None
+    listed = indices.shape[2]
     longest = int(counts.max()) if counts.numel() else 0
-    if longest <= 0:
-        return out, lse
-    per_row = longest * BLOCK * 2 * (dim + BLOCK) * torch.finfo(compute).bits // 8
-    step = max(1, _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES_ELSEWHERE) // per_row)
-    ragged = int(counts.min()) < longest
+    ragged = longest > 0 and int(counts.min()) < longest
     bias = _padding_bias(block_sizes, compute, empty_block=ragged)
-    unlisted = block_sizes.numel()
-    place = torch.arange(longest, device=q.device)
+    slots = None if token_rows is None else token_rows.clamp(min=0).long()
     for b in range(batch):
         for h in range(heads):
-            keys, values = _blocks(k[b, :, h], bias, compute), _blocks(v[b, :, h], bias, compute)
-            for first in range(0, num_q, step):
-                rows = slice(first, min(first + step, num_q))
-                slots = slice(first * BLOCK, rows.stop * BLOCK)
-                picked = indices[b, h, rows, :longest]                      # [n, K]
-                if ragged:
-                    picked = torch.where(place < counts[b, h, rows, None], picked, unlisted)
-                picked = picked.flatten().long()
-                offset = None if bias is None else bias[picked].view(rows.stop - first, 1, longest * BLOCK)
-                queries = q[b, slots, h].to(compute).mul(scale).view(-1, BLOCK, dim)
-                rows_out, rows_lse = _softmax_attention(
-                    queries, _gather(keys, picked, queries), _gather(values, picked, queries), offset)
-                out[b, slots, h] = rows_out.flatten(0, 1).to(q.dtype)
-                if lse is not None:
-                    lse[b, h, slots] = rows_lse.flatten().to(torch.float32)
+            queries, keys, values = (x[b, :, h] if slots is None else x[b, :, h].index_select(0, slots)
+                                     for x in (q, k, v))
+            keys, values = _blocks(keys, bias, compute), _blocks(values, bias, compute)
+            head_out = queries.new_zeros(queries.shape, dtype=compute)
+            head_lse = queries.new_full(queries.shape[:1], -torch.inf, dtype=compute)
+            parts = [(slice(0, listed), indices[b, h, :, :longest], counts[b, h] if ragged else None)]
+            if listed * BLOCK < len(queries):
+                every = torch.arange(block_sizes.numel(), device=q.device)
+                rest = slice(listed, len(queries) // BLOCK)
+                parts.append((rest, every.expand(rest.stop - listed, -1), None))
+            for rows, lists, lengths in parts:
+                part = slice(rows.start * BLOCK, rows.stop * BLOCK)
+                _attend(queries[part], keys, values, lists, lengths, bias, scale, head_out[part], head_lse[part])
+            if coarse is not None:
+                _add_coarse(head_out, gate[b, :, h].index_select(0, slots), coarse[b, h], blocks_per_tile * BLOCK)
+            if slots is None:
+                out[b, :, h] = head_out.to(q.dtype)
+            else:
+                is_token = token_rows >= 0
+                out[b, slots[is_token], h] = head_out[is_token].to(q.dtype)
+                head_lse = head_lse.new_empty(tokens).index_copy_(0, slots[is_token], head_lse[is_token])
+            if lse is not None:
+                lse[b, h] = head_lse.to(torch.float32)
     return out, lse
+
+
+def _attend(queries, keys, values, lists, lengths, bias, scale, out, lse):
+    """One head's query blocks over their lists, into out [n*64, D] and lse [n*64], which hold 0 and -inf.
+
+    queries: [n*64, D];  keys, values: [blocks, 64, D];  lists: [n, K];  lengths: [n], or None where all are K.
+    """
+    longest, dim = lists.shape[1], queries.shape[1]
+    if longest == 0:
+        return
+    compute = keys.dtype
+    per_row = longest * BLOCK * 2 * (dim + BLOCK) * torch.finfo(compute).bits // 8
+    step = max(1, _CHUNK_BYTES.get(queries.device.type, _CHUNK_BYTES_ELSEWHERE) // per_row)
+    place = torch.arange(longest, device=queries.device)
+    for first in range(0, len(lists), step):
+        picked = lists[first:first + step]                                  # [n, K]
+        if lengths is not None:
+            picked = torch.where(place < lengths[first:first + step, None], picked, len(keys) - 1)
+        rows = len(picked)
+        slots = slice(first * BLOCK, (first + rows) * BLOCK)
+        picked = picked.flatten().long()
+        offset = None if bias is None else bias[picked].view(rows, 1, longest * BLOCK)
+        scaled = queries[slots].to(compute).mul(scale).view(-1, BLOCK, dim)
+        rows_out, rows_lse = _softmax_attention(
+            scaled, _gather(keys, picked, scaled), _gather(values, picked, scaled), offset)
+        out[slots], lse[slots] = rows_out.flatten(0, 1), rows_lse.flatten()
+
+
+def _add_coarse(out, gate, coarse, slots):
+    """out += gate * coarse of the slot's tile, for one head.   out, gate: [S, D];  coarse: [N, D];  slots per tile"""
+    video = out[:coarse.shape[0] * slots].unflatten(0, (-1, slots))
+    video.addcmul_(gate[:coarse.shape[0] * slots].unflatten(0, (-1, slots)).to(out.dtype),
+                   coarse[:, None].to(out.dtype))
 
 
 def _padding_bias(block_sizes, dtype, empty_block):
@@ -98,4 +135,5 @@ SPEC = KernelSpec(
     device_types=("cpu", "cuda", "rocm", "mps", "xpu"),
     auto_device_types=("cpu",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    gathers=True,
 )

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from . import proven
 
 BLOCK = 64
 """Token slots in one block: the granularity at which every kernel selects queries and keys."""
@@ -45,7 +48,8 @@ class KernelSpec:
     """A kernel's name, its limits, and how to load it.
 
     `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse) -> (out, lse | None)` and is
-    the only place that imports what the kernel needs. `missing()` says what is not installed, or None.
+    the only place that imports what the kernel needs. `missing()` says what is not installed, or None. With
+    `gathers` run also takes token_rows, gate, coarse and blocks_per_tile of `kernels.block_sparse_attention`.
     """
 
     name: str
@@ -57,7 +61,17 @@ class KernelSpec:
     head_dims: tuple[int, ...] | None = None
     """None: any head_dim."""
     min_capability: tuple[int, int] | None = None
+    capabilities: tuple[tuple[int, int], ...] | None = None
+    """The only GPUs it is built for. None: any from `min_capability` on."""
+    source: Path | None = None
+    """The file that is compiled for the GPU. `auto` takes the kernel only when this very text has a GPU result."""
     missing: Callable[[], str | None] = lambda: None
+    gathers: bool = False
+    """Whether it reads tokens where the sequence has them. A kernel that does not is given copies."""
+
+    def unproven(self) -> str | None:
+        """Why the kernel is not taken unless asked for by name, or None when it is proven (see `proven.py`)."""
+        return None if self.source is None else proven.unproven(self.name, self.source)
 
     def refusal(self, call: Call, auto: bool = False) -> str | None:
         """Why this kernel does not run `call`, or None when it does. `auto` also asks whether it is worth it."""
@@ -67,13 +81,19 @@ class KernelSpec:
             return absent
         if self.min_capability and call.capability is not None and call.capability < self.min_capability:
             return f"GPU is sm_{_cc(call.capability)}, needs sm_{_cc(self.min_capability)} or newer"
+        if self.capabilities and call.capability is not None and call.capability not in self.capabilities:
+            return f"GPU is sm_{_cc(call.capability)}, needs {_any_of([f'sm_{_cc(c)}' for c in self.capabilities])}"
         if call.dtype not in self.dtypes:
             return f"dtype {_dtype(call.dtype)} not in ({', '.join(map(_dtype, self.dtypes))})"
         if self.head_dims is not None and call.head_dim not in self.head_dims:
             return f"head_dim {call.head_dim} not in {self.head_dims}"
         if auto and call.device_type not in self.auto_device_types:
             return f"slower than dense attention on {call.device_type}; runs there only when chosen by name"
-        return None
+        return self.unproven() if auto else None
+
+
+class KernelUnusable(RuntimeError):
+    """A kernel that fits a call cannot be loaded, or failed its self-test; the message says why."""
 
 
 class NoKernel(RuntimeError):

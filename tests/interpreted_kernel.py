@@ -29,6 +29,38 @@ def run(worker, *operands, scale, return_lse=True, head_stride=None):
     return torch.load(io.BytesIO(answer))
 
 
+def call(worker, module, *operands):
+    """`run` of kernels/triton/<module>.py on operands with the strides they have here: tensors, numbers and None."""
+    import torch
+    parcel = io.BytesIO()
+    torch.save(operands, parcel)
+    return torch.load(io.BytesIO(worker.submit(_call, module, parcel.getvalue()).result()))
+
+
+def select_within(worker, score_bytes, *operands):
+    """`run` of kernels/triton/select_tiles.py with another bound on the scores held at once."""
+    return worker.submit(_select_within, score_bytes, operands).result()
+
+
+def attend_video(worker, q, k, v, gate, **metadata):
+    """Video sparse attention in sequence order with every Triton kernel -> (out, the tiles that were kept)."""
+    return worker.submit(_attend_video, q, k, v, gate, metadata).result()
+
+
+def triton_on_the_cpu():
+    """The pack's tables of kernels with Triton's first, as if a CPU were a proven GPU: (module, name, table)."""
+    from dataclasses import replace
+
+    import pack.kernels as kernels
+    from pack.kernels import tile_ops
+
+    def table(module, name):
+        specs = [replace(spec, device_types=("cpu",), auto_device_types=("cpu",), min_capability=None, source=None)
+                 for spec in getattr(module, name) if spec.name.startswith("triton")]
+        return module, name, (*specs, getattr(module, name)[-1])
+    return [table(kernels, "KERNELS"), table(tile_ops, "MEANS_KERNELS"), table(tile_ops, "SELECT_KERNELS")]
+
+
 def _prepare():
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -50,6 +82,35 @@ def _run(parcel, scale, return_lse, head_stride):
     answer = io.BytesIO()
     torch.save(block_sparse.run(q, k, v, *selection, scale, return_lse), answer)
     return answer.getvalue()
+
+
+def _call(module, parcel):
+    import importlib
+
+    import torch
+    answer = io.BytesIO()
+    torch.save(importlib.import_module(f"pack.kernels.triton.{module}").run(*torch.load(io.BytesIO(parcel))), answer)
+    return answer.getvalue()
+
+
+def _select_within(score_bytes, operands):
+    from pack.kernels.triton import select_tiles
+    kept, select_tiles.SCORE_BYTES = select_tiles.SCORE_BYTES, score_bytes
+    try:
+        return select_tiles.run(*operands)
+    finally:
+        select_tiles.SCORE_BYTES = kept
+
+
+def _attend_video(q, k, v, gate, metadata):
+    from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
+    for module, name, table in triton_on_the_cpu():
+        setattr(module, name, table)
+    seen = []
+    md = VideoSparseAttentionMetadataBuilder().build(0, patch_size=(1, 1, 1), device="cpu", **metadata)
+    impl = VideoSparseAttentionImpl(q.shape[2], q.shape[3], backend="triton",
+                                    on_selection=lambda tiles, md: seen.append(tiles))
+    return impl.attend(q, k, v, md, gate), seen[0]
 
 
 def _spread(x, head_stride):

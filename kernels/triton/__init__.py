@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,19 @@ def _load():
     return run
 
 
+def _load_means():
+    from .tile_means import run
+    return run
+
+
+def _load_select():
+    from .select_tiles import run
+    return run
+
+
+MAX_TILES = 4096
+"""The longest row of tiles to select from: 4 warps hold it in their registers."""
+
 SPEC = KernelSpec(
     name="triton",
     load=_load,
@@ -27,5 +42,12 @@ SPEC = KernelSpec(
     dtypes=(torch.bfloat16, torch.float16),
     head_dims=(64, 128),
     min_capability=(8, 0),
+    source=Path(__file__).with_name("block_sparse.py"),
     missing=_missing,
+    gathers=True,
 )
+
+MEANS_SPEC = replace(SPEC, name="triton_tile_means", load=_load_means, gathers=False,
+                     source=Path(__file__).with_name("tile_means.py"))
+SELECT_SPEC = replace(SPEC, name="triton_select_tiles", load=_load_select, gathers=False, dtypes=(torch.float32,),
+                      source=Path(__file__).with_name("select_tiles.py"))

@@ -25,17 +25,35 @@ def _product(a, b, acc, INTERPRET: tl.constexpr):
     return tl.dot(a, b, acc)
 
 
+@triton.jit
+def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
+    """The key block at a place of the list, where there is one. A dense query block's list names every block."""
+    if GATHER:
+        block = tl.load(listed + place * stride_ik, mask=(place < count) & (dense == 0), other=0)
+        block = tl.where(dense & (place < count), place, block)
+    else:
+        block = tl.load(listed + place * stride_ik, mask=place < count, other=0)
+    return block.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=[
-    "INDICES", "COUNTS", "SIZES",
+    "INDICES", "COUNTS", "SIZES", "TOKEN_ROWS", "COARSE",
     "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb", "stride_ch", "stride_cq",
+    "stride_mb", "stride_mh", "stride_mn", "lists", "tokens", "tiles", "blocks_per_tile",
 ])
 def block_sparse_forward(
-    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, scale_log2e,
+    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, scale_log2e,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ib, stride_ih, stride_iq, stride_ik, stride_cb, stride_ch, stride_cq,
-    D: tl.constexpr, BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr, INTERPRET: tl.constexpr,
+    stride_gb, stride_gs, stride_gh, stride_mb, stride_mh, stride_mn, lists, tokens, tiles, blocks_per_tile,
+    D: tl.constexpr, BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr, GATHER: tl.constexpr, COMBINE: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """Writes OUT [B, Sq, H, D] and LSE [B, H, Sq], both contiguous; launched over (Sq / 64, H, B).
+
+    GATHER: Q, K, V, OUT and LSE hold `tokens` rows each, and slot s of the blocks is their row TOKEN_ROWS[s];
+    launched over (slots / 64, H, B). The first `lists` query blocks have a list, those behind them are dense.
+    COMBINE: adds GATE times the row of COARSE [B, H, tiles, D] that belongs to the query block.
 
     Head-major order: programs that run together share one head's keys and values, so these stay in the L2 cache.
     head_dim 128 goes through in two panels of 64: for a [64, 128] product Triton spreads the warps of an
@@ -47,32 +65,64 @@ def block_sparse_forward(
     batch = tl.program_id(2).to(tl.int64)
     slot = tl.arange(0, BLOCK)
     dim = tl.arange(0, PANEL)
+    dense = False
+    if GATHER:
+        # Dense query blocks have the most to read: they start first.
+        row = (row + lists) % tl.num_programs(0)
+        dense = row >= lists
 
-    q = Q + batch * stride_qb + head * stride_qh + row * BLOCK * stride_qs + slot[:, None] * stride_qs + dim[None, :]
-    q_low = tl.load(q)
-    if D > PANEL:
-        q_high = tl.load(q + PANEL)
+    q = Q + batch * stride_qb + head * stride_qh
+    if GATHER:
+        q_row = tl.load(TOKEN_ROWS + row * BLOCK + slot).to(tl.int64)
+        is_row = q_row >= 0
+        q += q_row[:, None] * stride_qs + dim[None, :]
+        q_low = tl.load(q, mask=is_row[:, None], other=0.0)
+        if D > PANEL:
+            q_high = tl.load(q + PANEL, mask=is_row[:, None], other=0.0)
+    else:
+        q_row = slot
+        is_row = slot < BLOCK
+        q += row * BLOCK * stride_qs + slot[:, None] * stride_qs + dim[None, :]
+        q_low = tl.load(q)
+        if D > PANEL:
+            q_high = tl.load(q + PANEL)
     k_head = K + batch * stride_kb + head * stride_kh
     v_head = V + batch * stride_vb + head * stride_vh
     k_offset = slot[None, :] * stride_ks + dim[:, None]
     v_offset = slot[:, None] * stride_vs + dim[None, :]
     listed = INDICES + batch * stride_ib + head * stride_ih + row * stride_iq
-    count = tl.load(COUNTS + batch * stride_cb + head * stride_ch + row * stride_cq)
+    count = COUNTS + batch * stride_cb + head * stride_ch + row * stride_cq
+    if GATHER:
+        count = tl.load(count, mask=(dense == 0), other=0)
+        count = tl.where(dense, tl.num_programs(0), count)
+    else:
+        count = tl.load(count)
 
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc_low = tl.zeros([BLOCK, PANEL], tl.float32)
     acc_high = tl.zeros([BLOCK, PANEL], tl.float32)
-    block = tl.load(listed, mask=count > 0, other=0).to(tl.int64)
+    block = _listed_block(listed, stride_ik, 0, count, dense, GATHER)
     size = tl.load(SIZES + block, mask=count > 0, other=0)
+    if GATHER:
+        kv_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
+        block = _listed_block(listed, stride_ik, 1, count, dense, GATHER)
     for place in range(0, count):
         # One step early: looked up in its own step, a list entry would hold up the loads of K and V behind it.
-        more = place + 1 < count
-        next_block = tl.load(listed + (place + 1) * stride_ik, mask=more, other=0).to(tl.int64)
-        next_size = tl.load(SIZES + next_block, mask=more, other=0)
+        # With token rows in between, the entry is looked up two steps early and its rows one.
+        if GATHER:
+            next_size = tl.load(SIZES + block, mask=place + 1 < count, other=0)
+            next_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
+            next_block = _listed_block(listed, stride_ik, place + 2, count, dense, GATHER)
+            k = k_head + kv_row.to(tl.int64)[None, :] * stride_ks + dim[:, None]
+            v = v_head + kv_row.to(tl.int64)[:, None] * stride_vs + dim[None, :]
+        else:
+            next_block = _listed_block(listed, stride_ik, place + 1, count, dense, GATHER)
+            next_size = tl.load(SIZES + next_block, mask=place + 1 < count, other=0)
+            k = k_head + block * BLOCK * stride_ks + k_offset
+            v = v_head + block * BLOCK * stride_vs + v_offset
 
         # Padding slots may hold NaN, which neither -inf in a score nor 0 in a weight would remove: read them as 0.
-        k = k_head + block * BLOCK * stride_ks + k_offset
         k_low = tl.load(k, mask=slot[None, :] < size, other=0.0)
         scores = _product(q_low, k_low, tl.zeros([BLOCK, BLOCK], tl.float32), INTERPRET)
         if D > PANEL:
@@ -89,7 +139,6 @@ def block_sparse_forward(
         peak = new_peak
 
         weights = weights.to(V.dtype.element_ty)
-        v = v_head + block * BLOCK * stride_vs + v_offset
         v_low = tl.load(v, mask=slot[:, None] < size, other=0.0)
         acc_low = _product(weights, v_low, acc_low * decay[:, None], INTERPRET)
         if D > PANEL:
@@ -97,18 +146,36 @@ def block_sparse_forward(
             acc_high = _product(weights, v_high, acc_high * decay[:, None], INTERPRET)
         block = next_block
         size = next_size
+        if GATHER:
+            kv_row = next_row
 
-    slots = tl.num_programs(0) * BLOCK
     heads = tl.num_programs(1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
-    first = (batch * slots + row * BLOCK) * heads + head
-    out = OUT + first * D + slot[:, None] * (heads * D) + dim[None, :]
-    tl.store(out, (acc_low * inverse).to(OUT.dtype.element_ty))
+    out_low = acc_low * inverse
+    out_high = acc_high * inverse
+    if COMBINE:
+        tile = row // blocks_per_tile
+        has_tile = tile < tiles
+        coarse = COARSE + batch * stride_mb + head * stride_mh + tile * stride_mn + dim
+        gate = GATE + batch * stride_gb + head * stride_gh + q_row[:, None] * stride_gs + dim[None, :]
+        mean_low = tl.load(coarse, mask=has_tile, other=0.0)
+        out_low += tl.load(gate, mask=is_row[:, None] & has_tile, other=0.0).to(tl.float32) * mean_low[None, :]
+        if D > PANEL:
+            mean_high = tl.load(coarse + PANEL, mask=has_tile, other=0.0)
+            gate_high = tl.load(gate + PANEL, mask=is_row[:, None] & has_tile, other=0.0)
+            out_high += gate_high.to(tl.float32) * mean_high[None, :]
+
+    if GATHER:
+        out = OUT + ((batch * tokens + q_row) * heads + head)[:, None] * D + dim[None, :]
+    else:
+        first = (batch * tokens + row * BLOCK) * heads + head
+        out = OUT + first * D + slot[:, None] * (heads * D) + dim[None, :]
+    tl.store(out, out_low.to(OUT.dtype.element_ty), mask=is_row[:, None])
     if D > PANEL:
-        tl.store(out + PANEL, (acc_high * inverse).to(OUT.dtype.element_ty))
+        tl.store(out + PANEL, out_high.to(OUT.dtype.element_ty), mask=is_row[:, None])
     if RETURN_LSE:
-        lse = (peak + tl.log2(total)) * 0.6931471805599453
-        tl.store(LSE + (batch * heads + head) * slots + row * BLOCK + slot, lse)
+        lse = LSE + (batch * heads + head) * tokens + (q_row if GATHER else row * BLOCK + slot)
+        tl.store(lse, (peak + tl.log2(total)) * 0.6931471805599453, mask=is_row)
 
 
 INTERPRET = not isinstance(block_sparse_forward, triton.JITFunction)
@@ -116,21 +183,26 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 """Triton 3.2 reports `operation scheduled before its operands` when it pipelines a loop that looks one step ahead."""
 
 
-def run(q, k, v, indices, counts, block_sizes, scale, return_lse):
+def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
+        blocks_per_tile=1):
     """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none."""
-    batch, q_slots, heads, dim = q.shape
+    batch, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, q_slots), dtype=torch.float32, device=q.device) if return_lse else None
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel() == 0:
         return out, lse
     config = config_for(Call.of(q).capability, dim, q.dtype)
     if not PIPELINES:
         config = config._replace(num_stages=1)
+    slots = tokens if token_rows is None else token_rows.numel()
+    none = (0, 0, 0)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        block_sparse_forward[(q_slots // BLOCK, heads, batch)](
-            q, k, v, out, lse, indices, counts, block_sizes, scale * math.log2(math.e),
+        block_sparse_forward[(slots // BLOCK, heads, batch)](
+            q, k, v, out, lse, indices, counts, block_sizes, token_rows, gate, coarse, scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride(), *counts.stride(),
-            D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, INTERPRET=INTERPRET,
-            **config._asdict(),
+            *(none if gate is None else gate.stride()[:3]), *(none if coarse is None else coarse.stride()[:3]),
+            indices.shape[2], tokens, 0 if coarse is None else coarse.shape[2], blocks_per_tile,
+            D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, GATHER=token_rows is not None, COMBINE=gate is not None,
+            INTERPRET=INTERPRET, **config._asdict(),
         )
     return out, lse

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import emulated_sm90
 import interpreted_kernel
 from kernel_oracle import block_sparse_attention_oracle, worst_block_error
 from pack.kernels import reference
@@ -15,7 +16,8 @@ GATES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 6e-4, torch.b
 INTERPRETER_GATES = {**GATES, torch.bfloat16: 8e-3}
 """Triton's interpreter cuts bfloat16 off instead of rounding it."""
 
-REFERENCE, INTERPRETED = "reference", "triton in the interpreter"
+REFERENCE, INTERPRETED, EMULATED = "reference", "triton in the interpreter", "cuda_sm90 in the emulator"
+HALVES = (torch.float16, torch.bfloat16)
 NAN, HUGE = float("nan"), 2**31 - 1
 
 
@@ -102,11 +104,15 @@ def worker():
         yield pool
 
 
-@pytest.fixture(params=[REFERENCE, INTERPRETED])
+@pytest.fixture(params=[REFERENCE, INTERPRETED, EMULATED])
 def kernel(request):
     """(run, gates)"""
     if request.param == REFERENCE:
         return reference.run, GATES
+    if request.param == EMULATED:
+        if reason := emulated_sm90.unavailable():
+            pytest.skip(reason)
+        return emulated_sm90.run, GATES
     worker = request.getfixturevalue("worker")
 
     def run(*args):
@@ -117,7 +123,7 @@ def kernel(request):
 
 EVERY_KERNEL_IN_EVERY_DTYPE = [
     pytest.param(kernel, dtype, id=f"{kernel} {str(dtype).removeprefix('torch.')}")
-    for kernel, dtypes in ((REFERENCE, GATES), (INTERPRETED, (torch.float16, torch.bfloat16))) for dtype in dtypes]
+    for kernel, dtypes in ((REFERENCE, GATES), (INTERPRETED, HALVES), (EMULATED, HALVES)) for dtype in dtypes]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), EVERY_KERNEL_IN_EVERY_DTYPE, indirect=["kernel"])

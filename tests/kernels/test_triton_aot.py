@@ -1,4 +1,4 @@
-"""The Triton kernel compiles for every card of its table, in processes that are not the interpreter's."""
+"""The Triton kernels compile for every card of their table, in processes that are not the interpreter's."""
 from __future__ import annotations
 
 import ast
@@ -24,10 +24,16 @@ def table(tmp_path_factory):
     return json.loads(report.read_text())
 
 
-def test_every_card_dtype_and_head_dim_is_compiled_with_and_without_lse(table):
-    seen = {(row["arch"], row["D"], row["dtype"], row["lse"]) for row in table}
-    assert seen == {(arch, dim, dtype, lse) for arch in SHARED_KB for dim in (64, 128)
-                    for dtype in ("bf16", "fp16") for lse in (False, True)}
+def test_every_card_dtype_head_dim_and_variant_is_compiled(table):
+    seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
+            if row["kernel"] == "block_sparse_forward"}
+    variants = {"bf16": ("", "lse", "gather", "gather combine lse"), "fp16": ("lse", "gather combine lse")}
+    assert seen == {(arch, dim, dtype, variant) for arch in SHARED_KB for dim in (64, 128)
+                    for dtype in variants for variant in variants[dtype]}
+    others = {(row["kernel"], row["arch"], row["D"]) for row in table if row["kernel"] != "block_sparse_forward"}
+    assert others == {(kernel, arch, size) for arch in SHARED_KB for kernel, sizes in (
+        ("tile_means_forward", (64, 128)), ("score_tiles", (64, 128)), ("select_rows", (500, 1000, 2000, 4096)))
+        for size in sizes}
 
 
 def test_nothing_spills(table):
@@ -44,31 +50,40 @@ def test_every_multiprocessor_holds_two_programs(table):
 
 def test_products_run_on_tensor_cores(table):
     for row in table:
+        if row["kernel"] != "block_sparse_forward":
+            continue
         assert row["HGMMA" if row["arch"] == "sm_90" else "HMMA"] > 0, row
+
+
+LENGTHS = {"lists", "tokens", "tiles", "blocks_per_tile", "queries", "keys", "kept", "always"}
+CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "INTERPRET"},
+             "tile_means_forward": {"D", "BLOCK", "PARTS"}, "score_tiles": {"D", "TILE", "DEPTH"},
+             "select_rows": {"ROW"}}
 
 
 def test_nothing_that_follows_the_sequence_length_is_compiled_in():
     source = (
         "import aot; aot.load_pack()\n"
-        "from pack.kernels.triton.block_sparse import block_sparse_forward as kernel, INTERPRET\n"
-        "assert not INTERPRET\n"
-        "print({p.name: (p.is_constexpr, p.do_not_specialize) for p in kernel.params})\n")
+        "from pack.kernels.triton import block_sparse, select_tiles, tile_means\n"
+        "assert not block_sparse.INTERPRET\n"
+        "kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,\n"
+        "           select_tiles.select_rows)\n"
+        "print({k.__name__: {p.name: (p.is_constexpr, p.do_not_specialize) for p in k.params} for k in kernels})\n")
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True,
                           cwd=ROOT / "dev")
-    parameters = ast.literal_eval(done.stdout)
-    assert {name for name, (constant, _) in parameters.items() if constant} == {"D", "BLOCK", "RETURN_LSE", "INTERPRET"}
-    for name in parameters:
-        if name.startswith(("stride_i", "stride_c")):
-            assert parameters[name][1], f"{name} is specialised: a list of another length would compile again"
+    for kernel, parameters in ast.literal_eval(done.stdout).items():
+        assert {name for name, (constant, _) in parameters.items() if constant} == CONSTANTS[kernel]
+        for name in parameters:
+            if name.startswith(("stride_i", "stride_c", "stride_m")) or name in LENGTHS:
+                assert parameters[name][1], f"{name} is specialised: another length would compile again"
 
 
-def test_a_sequence_length_list_length_or_batch_never_seen_compiles_nothing():
-    source = """
+NO_CARD = """
 import aot
 aot.load_pack()
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from pack.kernels.triton import block_sparse
+from pack.kernels.triton import block_sparse, select_tiles, tile_means
 
 class NoCard:
     def get_current_target(self): return GPUTarget("cuda", 89, 32)
@@ -76,9 +91,23 @@ class NoCard:
     def get_current_stream(self, device): return 0
 
 triton.runtime.driver.set_active(NoCard())
-kernel, built = block_sparse.block_sparse_forward, []
-launch = kernel.run
-kernel.run = lambda *args, warmup, **options: built.append(launch(*args, warmup=True, **options))
+
+def watch(kernel):
+    built, launch = [], kernel.run
+    kernel.run = lambda *args, warmup, **options: built.append(launch(*args, warmup=True, **options))
+    return built
+"""
+
+
+def builds(source):
+    done = subprocess.run([sys.executable, "-c", NO_CARD + source], capture_output=True, text=True, cwd=ROOT / "dev")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()
+
+
+def test_a_sequence_length_list_length_or_batch_never_seen_compiles_nothing():
+    assert builds("""
+built = watch(block_sparse.block_sparse_forward)
 for batch, rows, width in ((1, 2, 2), (1, 3, 3), (1, 10, 7), (2, 33, 16), (1, 1, 1)):
     q = torch.zeros(batch, rows * 64, 3, 128, dtype=torch.bfloat16)
     indices = torch.zeros(batch, 3, rows, width, dtype=torch.int32)
@@ -87,6 +116,23 @@ for batch, rows, width in ((1, 2, 2), (1, 3, 3), (1, 10, 7), (2, 33, 16), (1, 1,
     stored_otherwise = q.transpose(1, 2).contiguous().transpose(1, 2)
     block_sparse.run(stored_otherwise, q, q, indices[:, :1].expand_as(indices), counts, sizes, 0.1, False)
 print(len(built), len(set(map(id, built))))
-"""
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT / "dev")
-    assert done.stdout.split() == ["10", "1"], done.stdout + done.stderr
+""") == ["10", "1"]
+
+
+def test_a_clip_of_another_length_compiles_no_fused_kernel_again():
+    assert builds("""
+kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,
+           select_tiles.select_rows)
+built = [watch(kernel) for kernel in kernels]
+for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 3, 1, 1, 2), (2, 1001, 8, 2, 3, 7),
+                                                  (1, 64, 1, 1, 0, 1), (1, 9999, 160, 1, 16, 16)):
+    q = torch.zeros(batch, tokens, 3, 128, dtype=torch.bfloat16)
+    blocks = tiles * per_tile + others
+    token_rows, sizes = torch.zeros(blocks * 64, dtype=torch.int32), torch.zeros(blocks, dtype=torch.int32)
+    means = tile_means.run([q, q, q], token_rows, tiles, per_tile)
+    lists = select_tiles.run(means[0], means[1], k, 0.1, per_tile, others)
+    counts = lists[..., 0].contiguous()
+    for coarse in (means[2], means[2].transpose(1, 2).contiguous().transpose(1, 2)):
+        block_sparse.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile)
+print(*(len(set(map(id, one))) for one in built))
+""") == ["1", "1", "1", "1"]

@@ -1,0 +1,246 @@
+"""The sparse kernels on a GPU against dense attention and other block-sparse kernels, all in this run.
+
+    python benchmarks/gpu.py [--shapes NAME ...] [--sparsities 0.8 0.9] [--seconds 480] [--out benchmarks/results]
+    python benchmarks/gpu.py --dry-run --out FOLDER      the same steps on a CPU with a tiny problem
+
+Writes DATE-GPU.json and a Markdown table beside it. A kernel or peer that cannot run has its reason in place of
+numbers; what the time did not suffice for says so. TFLOPS count valid queries and selected valid keys only.
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from block_problem import LISTS, SHAPES, TINY, make_problem, sampled_error  # noqa: E402
+from peers import PEERS, absent  # noqa: E402
+
+DENSE = "dense SDPA, cuDNN"
+TOLERANCE = 4e-3
+"""Relative L2 of a bfloat16 result against float64: above it the kernel has failed, whatever its speed."""
+
+
+def load_pack():
+    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["pack"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pack"])
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
+    parser.add_argument("--lists", nargs="+", choices=LISTS, default=list(LISTS))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=480, help="start no measurement after this long")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--dry-run", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def milliseconds(function, repeats: int, device) -> list[float]:
+    """One time per run, after two that are not counted."""
+    for _ in range(2):
+        function()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def contestants(problem):
+    """(name, dense, whether it takes the given lists, prepare) of the pack's kernels, then of the peers."""
+    from pack.kernels import KERNELS, Call, block_sparse_attention, explain_kernels
+    reasons = explain_kernels(Call.of(problem.q))
+    for spec in KERNELS:
+        if spec.name == "reference" and problem.q.is_cuda:
+            continue
+
+        def prepare(problem, name=spec.name):
+            if reasons[name]:
+                raise RuntimeError(reasons[name])
+            return lambda: block_sparse_attention(*problem.operands(), backend=name)
+        yield spec.name, False, True, prepare
+    for peer in PEERS:
+        def prepare_peer(problem, peer=peer):
+            if reason := absent(peer):
+                raise RuntimeError(reason)
+            return peer.prepare(problem)
+        yield peer.name, peer.dense, not peer.own_selection, prepare_peer
+
+
+def measure(problem, dense, comparable, prepare, repeats) -> dict:
+    """The numbers of one contestant, or {"reason": why there are none}."""
+    try:
+        function = prepare(problem)
+        result = function()
+        result = getattr(function, "in_tiles", lambda x: x)(result)
+        row = {"relative_l2": sampled_error(result, problem, dense) if comparable else None}
+        del result
+        times = milliseconds(function, repeats, problem.q.device)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return {"reason": lines[0][:300]}
+    median = statistics.median(times)
+    valid = float(problem.sizes.sum())
+    flop = 4 * problem.shape.dim * problem.shape.heads * valid * valid if dense else problem.useful_flop()
+    return row | {"ms": median, "ms_lowest": min(times), "ms_highest": max(times), "tflops": flop / median / 1e9}
+
+
+def whole_op(shape, sparsity, device, repeats) -> dict:
+    """Milliseconds of tiling, attention with its selection, and untiling, and of all three in a row."""
+    try:
+        from pack.vsa_core.backends.video_sparse_attn import (
+            VideoSparseAttentionImpl,
+            VideoSparseAttentionMetadataBuilder,
+        )
+        tokens = shape.grid[0] * shape.grid[1] * shape.grid[2]
+        qkv = torch.randn(3, tokens, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
+        impl = VideoSparseAttentionImpl(shape.heads, shape.dim, backend=best_kernel(qkv))
+        plan = VideoSparseAttentionMetadataBuilder().build(0, shape.grid, (1, 1, 1), sparsity, device)
+        tiled = impl.preprocess_qkv(qkv, plan)
+        attended = impl.forward(*tiled.chunk(3), None, plan)
+
+        def everything():
+            return impl.postprocess_output(impl.forward(*impl.preprocess_qkv(qkv, plan).chunk(3), None, plan), plan)
+
+        stages = {"tile": lambda: impl.preprocess_qkv(qkv, plan), "untile": lambda: impl.postprocess_output(
+            attended, plan), "select and attend": lambda: impl.forward(*tiled.chunk(3), None, plan), "all": everything}
+        return {name: statistics.median(milliseconds(run, repeats, device)) for name, run in stages.items()}
+    except Exception as error:
+        return {"reason": (str(error).splitlines() or [type(error).__name__])[0][:300]}
+
+
+def best_kernel(q) -> str:
+    """The first kernel that runs when chosen by name; on a GPU not the reference."""
+    from pack.kernels import Call, NoKernel, explain_kernels
+    reasons = explain_kernels(Call.of(q))
+    for name, reason in reasons.items():
+        if reason is None and not (q.is_cuda and name == "reference"):
+            return name
+    raise NoKernel(str(reasons))
+
+
+def facts(device) -> dict:
+    """Hardware and versions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("triton", "fastvideo-kernel", "flashinfer-python", "comfy-kitchen"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    if device.type != "cuda":
+        return {"hardware": {"gpu": None, "capability": None}, "versions": versions}
+    card = torch.cuda.get_device_properties(device)
+    versions["cudnn"] = torch.backends.cudnn.version()
+    return {"hardware": {"gpu": card.name, "capability": [card.major, card.minor],
+                         "multiprocessors": card.multi_processor_count}, "versions": versions}
+
+
+def verdicts(rows) -> dict:
+    """For every kernel that is compiled for a GPU its source hash, and whether all of its results were right."""
+    from pack.kernels import KERNELS
+    from pack.kernels.proven import source_hash
+    found = {}
+    for spec in KERNELS:
+        if spec.source is not None:
+            errors = [row["relative_l2"] for row in rows if row["name"] == spec.name and "ms" in row]
+            found[spec.name] = {"source_hash": source_hash(spec.source), "results": len(errors),
+                                "passed": bool(errors) and max(errors) <= TOLERANCE}
+    return found
+
+
+def table(report) -> str:
+    """The report as Markdown."""
+    hardware = report["hardware"]["gpu"] or "CPU, dry run: numbers mean nothing"
+    lines = [f"# {hardware}, {report['date']}", "",
+             ", ".join(f"{name} {version or 'absent'}" for name, version in report["versions"].items()), "",
+             "| shape | sparsity | lists | kernel | ms (lowest to highest) | TFLOPS | over dense cuDNN | relative L2 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        head = f"| {row['shape']} | {row['sparsity']} | {row['lists']} | {row['name']} |"
+        if "ms" not in row:
+            lines.append(f"{head} {row['reason']} | | | |")
+            continue
+        ratio = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        error = "own selection" if row["relative_l2"] is None else f"{row['relative_l2']:.1e}"
+        lines.append(f"{head} {row['ms']:.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f}) | "
+                     f"{row['tflops']:.1f} | {ratio} | {error} |")
+    lines += ["", "| shape | sparsity | whole op, ms |", "|---|---|---|"]
+    for row in report["whole_op"]:
+        stages = row.get("reason") or ", ".join(f"{name} {row[name]:.3f}" for name in
+                                                ("tile", "select and attend", "untile", "all"))
+        lines.append(f"| {row['shape']} | {row['sparsity']} | {stages} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments=None) -> Path:
+    """Measure and write; returns the JSON file."""
+    args = parse(arguments)
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
+    if "pack" not in sys.modules:
+        load_pack()
+    device, deadline = torch.device("cpu" if args.dry_run else "cuda"), time.monotonic() + args.seconds
+    report = {"date": datetime.date.today().isoformat(), **facts(device), "rows": [], "whole_op": []}
+    if args.dry_run:
+        report["dry_run"] = True
+    for shape in (shape for shape in SHAPES if shape.name in args.shapes):
+        dense_rows: dict[str, dict] = {}
+        size = TINY._replace(name=shape.name, dim=shape.dim) if args.dry_run else shape
+        for sparsity in args.sparsities:
+            for lists in args.lists:
+                problem = make_problem(size, sparsity, lists, device)
+                for name, dense, comparable, prepare in contestants(problem):
+                    if time.monotonic() > deadline:
+                        row = {"reason": "not measured: no time left"}
+                    else:
+                        row = dense_rows.get(name) or measure(problem, dense, comparable, prepare, args.repeats)
+                    if dense:
+                        dense_rows[name] = row
+                    place = {"shape": shape.name, "sparsity": sparsity, "lists": lists, "name": name}
+                    report["rows"].append(place | row)
+                    print(report["rows"][-1], flush=True)
+            stages = {"reason": "not measured: no time left"}
+            if time.monotonic() < deadline:
+                stages = whole_op(size, sparsity, device, args.repeats)
+            report["whole_op"].append({"shape": shape.name, "sparsity": sparsity, **stages})
+        reference = dense_rows.get(DENSE, {}).get("ms")
+        for row in report["rows"]:
+            if row["shape"] == shape.name and "ms" in row:
+                row["speedup"] = None if reference is None else reference / row["ms"]
+    report["kernels"] = verdicts(report["rows"])
+    gpu = (report["hardware"]["gpu"] or "dry-run").replace(" ", "-")
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / f"{report['date']}-{gpu}.json"
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(table(report))
+    print(table(report))
+    return target
+
+
+if __name__ == "__main__":
+    main()

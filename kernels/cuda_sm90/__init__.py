@@ -1,0 +1,28 @@
+"""The kernel for H100 and H200 (wgmma, TMA, warp-specialised), as CUDA text that is compiled where it runs.
+
+Importing this package neither opens a library nor compiles anything.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..spec import KernelSpec
+
+
+def _load():
+    from .launch import run
+    return run
+
+
+SPEC = KernelSpec(
+    name="cuda_sm90",
+    load=_load,
+    device_types=("cuda",),
+    auto_device_types=("cuda",),
+    dtypes=(torch.bfloat16, torch.float16),
+    head_dims=(64, 128),
+    capabilities=((9, 0),),
+    source=Path(__file__).with_name("block_sparse.cu"),
+)

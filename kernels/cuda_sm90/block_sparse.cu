@@ -1,0 +1,596 @@
+// Block-sparse attention, forward, for sm_90a. Built with -DHEAD_DIM=64|128 -DHALF=0|1 (bfloat16|float16), with
+// no header at all. README.md beside this file explains pipeline, barriers, layouts and their sources.
+// One CTA computes two blocks of 64 queries of one head. Warps 0 and 1 load, warpgroups 1 and 2 compute one block
+// each over its own list of key blocks; when both lists are equal, keys and values are loaded once for both.
+
+constexpr int BLOCK = 64;                                    // slots of a block, rows of a warpgroup's product
+constexpr int ELEMENT_BYTES = 2;
+constexpr int PANEL_COLUMNS = 64;                            // 128 bytes: the width of the swizzle
+constexpr int ROW_BYTES = PANEL_COLUMNS * ELEMENT_BYTES;
+constexpr int PANELS = HEAD_DIM / PANEL_COLUMNS;
+constexpr int PANEL_BYTES = BLOCK * ROW_BYTES;
+constexpr int SLOT_BYTES = PANELS * PANEL_BYTES;             // one block of q, k or v
+constexpr int SLOTS = 229376 / SLOT_BYTES;                   // 224 KB
+constexpr int SLOT_ALIGNMENT = 1024;                         // the swizzle repeats after 8 rows
+constexpr int BARRIER_BYTES = 8;
+constexpr int FULL_OFFSET = SLOTS * SLOT_BYTES;
+constexpr int EMPTY_OFFSET = FULL_OFFSET + SLOTS * BARRIER_BYTES;
+constexpr int SIZES_OFFSET = EMPTY_OFFSET + SLOTS * BARRIER_BYTES;
+constexpr int SHARED_BYTES = SLOT_ALIGNMENT + SIZES_OFFSET + SLOTS * 4;
+
+constexpr int THREADS = 384;
+constexpr int CONSUMERS = 2;
+constexpr int WARPGROUP = 128;
+constexpr int WARPS_PER_CONSUMER = 4;
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = 232;
+constexpr unsigned WAIT_NANOSECONDS = 2000;                  // one try of a wait
+constexpr int WAIT_TRIES = 1 << 22;                          // at most about 8 s, then trap
+
+// Matrix descriptors: byte offsets as the hardware wants them, divided by 16.
+constexpr unsigned DESCRIPTOR_SWIZZLE_128 = 1u << 30;        // bits 62-63 of the descriptor hold 1
+constexpr unsigned K_STRIDE_BYTES = 8 * ROW_BYTES;           // K-major: from 8 keys to the next 8
+constexpr unsigned K_LEADING_BYTES = 16;                     // K-major with swizzle: not used
+constexpr unsigned K_STEP_BYTES = 16 * ELEMENT_BYTES;        // 16 dimensions on, inside a panel
+constexpr unsigned V_STRIDE_BYTES = 8 * ROW_BYTES;           // MN-major: from 8 keys to the next 8
+constexpr unsigned V_LEADING_BYTES = PANEL_BYTES;            // MN-major: from 64 dimensions to the next 64
+constexpr unsigned V_STEP_BYTES = 16 * ROW_BYTES;            // 16 keys on
+
+constexpr int SCORES = BLOCK / 2;                            // a thread's scores of one key block
+constexpr int WEIGHTS = SCORES / 2;                          // the same as packed pairs
+constexpr int Q_FRAGMENTS = HEAD_DIM / 4;
+constexpr int OUTPUTS = HEAD_DIM / 2;
+constexpr int STEPS_PER_PANEL = PANEL_COLUMNS / 16;
+
+static_assert(SHARED_BYTES <= 232448, "more shared memory than an H100 gives to one CTA");
+static_assert(SLOTS % CONSUMERS == 0, "the two rings share the slots evenly");
+
+struct alignas(64) TensorMap { unsigned long long opaque[16]; };
+
+// The machine: everything below that is not plain C++. The tests put an emulator of it in this place.
+
+#if HALF
+#define ELEMENT "f16"
+#else
+#define ELEMENT "bf16"
+#endif
+
+#define DEVICE __device__ __forceinline__
+#define GLOBAL extern "C" __global__
+#define KERNEL_PARAMETER const __grid_constant__
+
+extern __shared__ unsigned char shared_memory[];
+
+// volatile: read again where needed, instead of held in registers through the loop.
+#define SPECIAL_REGISTER(name, source) \
+    DEVICE int name() { int value; asm volatile("mov.u32 %0, " source ";" : "=r"(value)); return value; }
+SPECIAL_REGISTER(thread_index, "%%tid.x")
+SPECIAL_REGISTER(block_x, "%%ctaid.x")
+SPECIAL_REGISTER(block_y, "%%ctaid.y")
+SPECIAL_REGISTER(block_z, "%%ctaid.z")
+SPECIAL_REGISTER(blocks_y, "%%nctaid.y")
+
+DEVICE unsigned shared_base() {
+    return ((unsigned)__cvta_generic_to_shared(shared_memory) + SLOT_ALIGNMENT - 1) & ~(SLOT_ALIGNMENT - 1u);
+}
+
+template <int N> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+DEVICE void stop_kernel() { asm volatile("trap;"); }
+
+DEVICE void barrier_init(unsigned barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+}
+
+DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+DEVICE void barrier_arrive(unsigned barrier) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" :: "r"(barrier) : "memory");
+}
+
+DEVICE void barrier_arrive_expect(unsigned barrier, unsigned bytes) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}"
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+DEVICE bool barrier_try_wait(unsigned barrier, unsigned parity) {
+    unsigned done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(barrier), "r"(parity), "r"(WAIT_NANOSECONDS) : "memory");
+    return done;
+}
+
+DEVICE void map_prefetch(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+
+// Tensor map dimensions, innermost first: 64 columns, slot, panel, head, batch.
+DEVICE void load_block(unsigned slot, const TensorMap* map, unsigned barrier, int row, int head, int batch) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%3, %4, %3, %5, %6}], [%2];"
+                 :: "r"(slot), "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
+}
+
+DEVICE int shared_read(unsigned address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+DEVICE void shared_write(unsigned address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
+DEVICE void shared_clear_16(unsigned address) {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %1, %1, %1};" :: "r"(address), "r"(0) : "memory");
+}
+
+DEVICE void load_matrices(unsigned (&q)[Q_FRAGMENTS], int first, unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q[first]), "=r"(q[first + 1]), "=r"(q[first + 2]), "=r"(q[first + 3])
+                 : "r"(address) : "memory");
+}
+
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void sync_cta() { asm volatile("barrier.cta.sync 0;" ::: "memory"); }
+DEVICE void sync_threads(int barrier, int threads) {
+    asm volatile("barrier.cta.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
+}
+DEVICE void sync_warp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
+
+DEVICE bool all_in_cta(bool vote) {
+    unsigned all;
+    asm volatile("{.reg .pred p, q; setp.ne.u32 p, %1, 0; barrier.cta.red.and.pred q, 0, p; selp.u32 %0, 1, 0, q;}"
+                 : "=r"(all) : "r"((unsigned)vote) : "memory");
+    return all;
+}
+
+DEVICE bool any_in_warp(bool vote) {
+    unsigned any;
+    asm volatile("{.reg .pred p, q; setp.ne.u32 p, %1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.u32 %0, 1, 0, q;}"
+                 : "=r"(any) : "r"((unsigned)vote));
+    return any;
+}
+
+DEVICE int from_lane(int value, int lane) {
+    int result;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(result) : "r"(value), "r"(lane));
+    return result;
+}
+
+DEVICE float from_lane_xor(float value, int mask) {
+    float result;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(result) : "f"(value), "r"(mask));
+    return result;
+}
+
+// -inf, the score of a key that is not there.
+DEVICE float none() { float x; asm("mov.b32 %0, 0xff800000;" : "=f"(x)); return x; }
+DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float log2_of(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float larger(float x, float y) { float z; asm("max.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y)); return z; }
+DEVICE float multiply_add(float x, float y, float z) {
+    float r; asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(y), "f"(z)); return r;
+}
+
+DEVICE unsigned packed(float low, float high) {
+    unsigned pair;
+    asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+
+// Keeps reads of registers that wgmma writes behind the wait before it, and writes before the next wgmma.
+template <int N> DEVICE void pin(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i]) :: "memory");
+}
+
+#define F4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define F16(x, i) F4(x, i), F4(x, i + 4), F4(x, i + 8), F4(x, i + 12)
+#define F32(x, i) F16(x, i), F16(x, i + 16)
+#define D32 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define D64 D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+    "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FRAGMENT(x, i) "r"(x[i]), "r"(x[i + 1]), "r"(x[i + 2]), "r"(x[i + 3])
+
+DEVICE unsigned long long descriptor(unsigned low, unsigned high) {
+    unsigned long long both;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(low), "r"(high));
+    return both;
+}
+
+// scores[FIRST..] (+)= 16 dimensions of q, from registers, times those of 64 keys.
+template <int FIRST, int ACCUMULATE>
+DEVICE void wgmma_scores(float (&s)[2 * SCORES], const unsigned (&q)[Q_FRAGMENTS], int step, unsigned low, unsigned high) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " D32 "}, "
+                 "{%32, %33, %34, %35}, %36, %37, 1, 1, 0;"
+                 : F32(s, FIRST) : FRAGMENT(q, 4 * step), "l"(descriptor(low, high)), "n"(ACCUMULATE));
+}
+
+// out += the weights of 16 keys, from registers, times their values.
+DEVICE void wgmma_outputs(float (&o)[OUTPUTS], const unsigned (&p)[2 * WEIGHTS], int step, unsigned low, unsigned high) {
+#if HEAD_DIM == 128
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " D64 "}, "
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : F32(o, 0), F32(o, 32) : FRAGMENT(p, 4 * step), "l"(descriptor(low, high)));
+#else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT "." ELEMENT " " D32 "}, "
+                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : F32(o, 0) : FRAGMENT(p, 4 * step), "l"(descriptor(low, high)));
+#endif
+}
+
+// The kernel, in terms of the above.
+
+DEVICE void wait(unsigned barrier, unsigned parity) {
+#pragma unroll 1
+    for (int tries = 0; tries < WAIT_TRIES; ++tries)
+        if (barrier_try_wait(barrier, parity)) return;
+    stop_kernel();
+}
+
+// A run of slots, filled, read and emptied in one order. `phase` flips with every turn.
+struct Ring {
+    unsigned base;
+    int first, end, slot, oldest;
+    unsigned phase;
+
+    DEVICE Ring(unsigned base, int consumer, bool one_for_both)
+        : base(base), first(one_for_both ? 0 : consumer * (SLOTS / CONSUMERS)),
+          end(one_for_both ? SLOTS : first + SLOTS / CONSUMERS), slot(first), oldest(first), phase(0) {}
+    DEVICE unsigned data(int i) const { return base + i * SLOT_BYTES; }
+    DEVICE unsigned full(int i) const { return base + FULL_OFFSET + i * BARRIER_BYTES; }
+    DEVICE unsigned empty(int i) const { return base + EMPTY_OFFSET + i * BARRIER_BYTES; }
+    DEVICE unsigned size_at(int i) const { return base + SIZES_OFFSET + i * 4; }
+    DEVICE void advance() {
+        if (++slot == end) {
+            slot = first;
+            phase ^= 1;
+        }
+    }
+    DEVICE int take() {                                      // the next slot, once it is full
+        int taken = slot;
+        wait(full(taken), phase);
+        advance();
+        return taken;
+    }
+    DEVICE unsigned held(int n) const {                      // address of the n-th slot taken and not released, 0..3
+        int i = oldest + n;
+        return data(i < end ? i : i - end + first);
+    }
+    DEVICE int release(int lane) {                           // the oldest one taken, by every warp that has read it
+        int size = shared_read(size_at(oldest));
+        sync_warp();
+        if (lane == 0) barrier_arrive(empty(oldest));
+        if (++oldest == end) oldest = first;
+        return size;
+    }
+};
+
+// One query block's list, read by a whole warp, 32 entries at a time and 32 ahead.
+struct List {
+    const int* entries;
+    const int* block_sizes;
+    long long stride;
+    int count, blocks, lane;
+    int block, size, next_block, next_size;
+
+    DEVICE List(const int* entries, long long stride, int count, const int* block_sizes, int blocks, int lane)
+        : entries(entries), block_sizes(block_sizes), stride(stride), count(count), blocks(blocks), lane(lane),
+          block(0), size(0), next_block(0), next_size(0) { ahead(0); }
+    DEVICE void ahead(int i) {
+        i += lane;
+        next_block = i < count ? entries[i * stride] : 0;
+        bool known = next_block >= 0 && next_block < blocks;  // an entry that names no block is an empty one
+        next_size = i < count && known ? block_sizes[next_block] : 0;
+        if (!known) next_block = 0;
+    }
+    DEVICE void get(int i, int& found_block, int& found_size) {  // i = 0, 1, 2, ... in turn
+        if (i % 32 == 0) {
+            block = next_block;
+            size = next_size;
+            ahead(i + 32);
+        }
+        found_block = from_lane(block, i % 32);
+        found_size = from_lane(size, i % 32);
+    }
+};
+
+DEVICE void put(Ring& ring, const TensorMap* map, int block, int size, int head, int batch, int lane) {
+    wait(ring.empty(ring.slot), ring.phase ^ 1);
+    if (lane == 0) {
+        shared_write(ring.size_at(ring.slot), size);
+        barrier_arrive_expect(ring.full(ring.slot), SLOT_BYTES);
+        load_block(ring.data(ring.slot), map, ring.full(ring.slot), block * BLOCK, head, batch);
+    }
+    sync_warp();
+    ring.advance();
+}
+
+DEVICE void load_query_fragments(unsigned (&q)[Q_FRAGMENTS], unsigned slot, int warp, int lane) {
+    int row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        int chunk = step % STEPS_PER_PANEL * 2 + lane / 16;
+        load_matrices(q, 4 * step, slot + step / STEPS_PER_PANEL * PANEL_BYTES + row * ROW_BYTES
+                                       + (chunk ^ row % 8) * 16);
+    }
+}
+
+template <int FIRST>
+DEVICE void multiply_keys(float (&s)[2 * SCORES], const unsigned (&q)[Q_FRAGMENTS], unsigned slot) {
+    unsigned low = slot >> 4 | (K_LEADING_BYTES >> 4) << 16, high = K_STRIDE_BYTES >> 4 | DESCRIPTOR_SWIZZLE_128;
+    wgmma_scores<FIRST, 0>(s, q, 0, low, high);
+#pragma unroll
+    for (int step = 1; step < HEAD_DIM / 16; ++step)
+        wgmma_scores<FIRST, 1>(s, q, step, low + (step / STEPS_PER_PANEL * PANEL_BYTES >> 4)
+                                               + (step % STEPS_PER_PANEL * K_STEP_BYTES >> 4), high);
+}
+
+template <int FIRST>
+DEVICE void multiply_values(float (&o)[OUTPUTS], const unsigned (&p)[2 * WEIGHTS], unsigned slot) {
+    unsigned low = slot >> 4 | (V_LEADING_BYTES >> 4) << 16, high = V_STRIDE_BYTES >> 4 | DESCRIPTOR_SWIZZLE_128;
+#pragma unroll
+    for (int step = 0; step < BLOCK / 16; ++step)
+        wgmma_outputs(o, p, FIRST / 4 + step, low + (step * V_STEP_BYTES >> 4), high);
+}
+
+// Takes a block of values. Padding slots may hold NaN, which a weight of 0 does not remove: they are cleared.
+DEVICE void take_values(Ring& ring, int consumer) {
+    int slot = ring.take(), size = shared_read(ring.size_at(slot));
+    if (size == BLOCK) return;
+    for (int panel = 0; panel < PANELS; ++panel)
+        for (int at = size * ROW_BYTES + thread_index() % WARPGROUP * 16; at < PANEL_BYTES; at += WARPGROUP * 16)
+            shared_clear_16(ring.data(slot) + panel * PANEL_BYTES + at);
+    fence_async_proxy();
+    sync_threads(1 + consumer, WARPGROUP);
+}
+
+template <int FIRST>
+DEVICE void mask_padding(float (&s)[2 * SCORES], int size, int lane) {
+    if (size == BLOCK) return;
+#pragma unroll
+    for (int i = 0; i < SCORES; ++i)
+        if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= size) s[FIRST + i] = none();
+}
+
+// Scores to weights, not normalised. decay: what has been summed so far is to be multiplied by it.
+template <int N>
+DEVICE void softmax(float (&s)[2 * SCORES], float (&peak)[2], float (&total)[2], float (&decay)[2], float scale) {
+    float shift[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float top = peak[r];
+#pragma unroll
+        for (int i = 2 * r; i < N; i += 4) top = larger(larger(top, s[i]), s[i + 1]);
+        top = larger(top, from_lane_xor(top, 1));
+        top = larger(top, from_lane_xor(top, 2));
+        shift[r] = top == none() ? 0.0f : top * scale;
+        decay[r] = exp2_of(multiply_add(peak[r], scale, -shift[r]));
+        peak[r] = top;
+        total[r] *= decay[r];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        int r = i / 2 % 2;
+        s[i] = exp2_of(multiply_add(s[i], scale, -shift[r]));
+        total[r] += s[i];
+    }
+}
+
+// Called only when no product is in flight that reads p or writes o.
+template <int N>
+DEVICE void next_weights(unsigned (&p)[2 * WEIGHTS], float (&s)[2 * SCORES], float (&o)[OUTPUTS], const float (&decay)[2]) {
+    pin(s);
+    pin(o);
+    if (any_in_warp(decay[0] != 1.0f || decay[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; ++i) o[i] *= decay[i / 2 % 2];
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) p[i] = packed(s[2 * i], s[2 * i + 1]);
+}
+
+DEVICE void produce(unsigned base, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
+                    List list, int first_query, int queries, int consumer, bool one_for_both, int head, int batch) {
+    Ring ring(base, consumer, one_for_both);
+    int lane = list.lane, block_a, size_a, block_b, size_b;
+    for (int i = 0; i < queries; ++i) put(ring, q_map, first_query + i, BLOCK, head, batch, lane);
+    int place = 0;
+    if (list.count % 2) {
+        list.get(place++, block_a, size_a);
+        put(ring, k_map, block_a, size_a, head, batch, lane);
+        put(ring, v_map, block_a, size_a, head, batch, lane);
+    }
+    int value_a = 0, value_size_a = 0, value_b = 0, value_size_b = 0;
+    bool values_due = false;
+#pragma unroll 1
+    for (; place < list.count; place += 2) {
+        list.get(place, block_a, size_a);
+        list.get(place + 1, block_b, size_b);
+        put(ring, k_map, block_a, size_a, head, batch, lane);
+        put(ring, k_map, block_b, size_b, head, batch, lane);
+        if (values_due) {
+            put(ring, v_map, value_a, value_size_a, head, batch, lane);
+            put(ring, v_map, value_b, value_size_b, head, batch, lane);
+        }
+        value_a = block_a, value_size_a = size_a, value_b = block_b, value_size_b = size_b;
+        values_due = true;
+    }
+    if (values_due) {
+        put(ring, v_map, value_a, value_size_a, head, batch, lane);
+        put(ring, v_map, value_b, value_size_b, head, batch, lane);
+    }
+}
+
+DEVICE void consume(unsigned base, int count, float scale, int consumer, bool one_for_both,
+                    float (&o)[OUTPUTS], float (&peak)[2], float (&total)[2]) {
+    int lane = thread_index() % 32, warp = thread_index() / 32 % WARPS_PER_CONSUMER;
+    Ring ring(base, consumer, one_for_both);
+    float s[2 * SCORES], decay[2];
+    unsigned q[Q_FRAGMENTS], p[2 * WEIGHTS];
+    for (int i = 0; i <= (int)one_for_both; ++i) {
+        ring.take();
+        if (i == consumer || !one_for_both) load_query_fragments(q, ring.held(0), warp, lane);
+        ring.release(lane);
+    }
+    if (count % 2) {
+        ring.take();
+        wgmma_fence();
+        multiply_keys<0>(s, q, ring.held(0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        mask_padding<0>(s, ring.release(lane), lane);
+        softmax<SCORES>(s, peak, total, decay, scale);
+        next_weights<SCORES>(p, s, o, decay);
+        take_values(ring, consumer);
+        pin(o);
+        wgmma_fence();
+        multiply_values<0>(o, p, ring.held(0));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(o);
+        ring.release(lane);
+    }
+    int pairs = count / 2;
+    if (pairs == 0) return;
+    ring.take();
+    ring.take();
+    wgmma_fence();
+    multiply_keys<0>(s, q, ring.held(0));
+    multiply_keys<SCORES>(s, q, ring.held(1));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(s);
+    mask_padding<0>(s, ring.release(lane), lane);
+    mask_padding<SCORES>(s, ring.release(lane), lane);
+    softmax<2 * SCORES>(s, peak, total, decay, scale);
+    next_weights<2 * SCORES>(p, s, o, decay);
+    if (pairs > 1) ring.take(), ring.take();
+#pragma unroll 1
+    while (pairs > 1) {
+        pin(s);
+        wgmma_fence();
+        multiply_keys<0>(s, q, ring.held(0));
+        multiply_keys<SCORES>(s, q, ring.held(1));
+        wgmma_commit();
+        take_values(ring, consumer);
+        take_values(ring, consumer);
+        pin(o);
+        wgmma_fence();
+        multiply_values<0>(o, p, ring.held(2));
+        multiply_values<WEIGHTS>(o, p, ring.held(3));
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(s);
+        mask_padding<0>(s, ring.release(lane), lane);
+        mask_padding<SCORES>(s, ring.release(lane), lane);
+        softmax<2 * SCORES>(s, peak, total, decay, scale);
+        pin(s);
+        // Between the weights and the wait on purpose: without a branch there ptxas moves the wait up.
+        if (--pairs > 1) ring.take(), ring.take();
+        wgmma_wait<0>();
+        ring.release(lane);
+        ring.release(lane);
+        next_weights<2 * SCORES>(p, s, o, decay);
+    }
+    take_values(ring, consumer);
+    take_values(ring, consumer);
+    pin(o);
+    wgmma_fence();
+    multiply_values<0>(o, p, ring.held(0));
+    multiply_values<WEIGHTS>(o, p, ring.held(1));
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(o);
+}
+
+// This warpgroup's 64 rows of out and lse.
+DEVICE void store(const float (&o)[OUTPUTS], const float (&peak)[2], const float (&total)[2], float scale,
+                  unsigned short* out, float* lse, int query_blocks) {
+    int lane = thread_index() % 32, warp = thread_index() / 32 % WARPS_PER_CONSUMER;
+    int block = block_x() * CONSUMERS + thread_index() / WARPGROUP - 1;
+    if (block >= query_blocks) return;
+    int head = block_y(), heads = blocks_y(), batch = block_z();
+    long long slots = (long long)query_blocks * BLOCK;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum = total[r] + from_lane_xor(total[r], 1);
+        sum += from_lane_xor(sum, 2);
+        long long slot = (long long)block * BLOCK + warp * 16 + lane / 4 + 8 * r;
+        float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        unsigned* line = (unsigned*)(out + ((batch * slots + slot) * heads + head) * HEAD_DIM) + lane % 4;
+#pragma unroll
+        for (int i = 2 * r; i < OUTPUTS; i += 4) line[i / 4 * 4] = packed(o[i] * inverse, o[i + 1] * inverse);
+        if (lse && lane % 4 == 0)
+            lse[((long long)batch * heads + head) * slots + slot] =
+                (peak[r] * scale + log2_of(sum)) * 0.6931471805599453f;
+    }
+}
+
+// Launched over (query blocks / 2 rounded up, heads, batch) with THREADS threads and SHARED_BYTES.
+// scale_log2e: softmax scale times log2(e), above 0. out: [batch, slots, heads, HEAD_DIM], lse: [batch, heads, slots]
+// or null, both contiguous. Strides of indices and counts are in elements.
+GLOBAL void __launch_bounds__(THREADS, 1) block_sparse_forward(
+    KERNEL_PARAMETER TensorMap q_map, KERNEL_PARAMETER TensorMap k_map, KERNEL_PARAMETER TensorMap v_map,
+    unsigned short* out, float* lse, const int* indices, const int* counts, const int* block_sizes,
+    long long stride_ib, long long stride_ih, long long stride_iq, long long stride_ik,
+    long long stride_cb, long long stride_ch, long long stride_cq,
+    int longest, int query_blocks, int key_blocks, float scale_log2e) {
+    int head = block_y(), batch = block_z(), first = block_x() * CONSUMERS;
+    unsigned base = shared_base();
+    const int* list = indices + batch * stride_ib + head * stride_ih + first * stride_iq;
+    const int* length = counts + batch * stride_cb + head * stride_ch + first * stride_cq;
+    bool both = first + 1 < query_blocks;
+    int count_0 = length[0], count_1 = both ? length[stride_cq] : 0;
+    count_0 = count_0 < 0 ? 0 : count_0 > longest ? longest : count_0;
+    count_1 = count_1 < 0 ? 0 : count_1 > longest ? longest : count_1;
+
+    bool same = count_0 == count_1 && count_0 > 0;
+    if (same)
+        for (int i = thread_index(); i < count_0; i += THREADS)
+            same &= list[i * stride_ik] == list[stride_iq + i * stride_ik];
+    bool one_for_both = all_in_cta(same);
+
+    int group = thread_index() / WARPGROUP;
+    if (thread_index() == 0) {
+        map_prefetch(&q_map);
+        map_prefetch(&k_map);
+        map_prefetch(&v_map);
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; ++i) {
+            barrier_init(base + FULL_OFFSET + i * BARRIER_BYTES, 1);
+            barrier_init(base + EMPTY_OFFSET + i * BARRIER_BYTES,
+                         one_for_both ? CONSUMERS * WARPS_PER_CONSUMER : WARPS_PER_CONSUMER);
+        }
+        barrier_init_fence();
+    }
+    sync_cta();
+
+    if (group == 0) {
+        give_registers<PRODUCER_REGISTERS>();
+        int consumer = thread_index() / 32, lane = thread_index() % 32;
+        int count = consumer == 0 ? count_0 : count_1;
+        if (consumer < (one_for_both ? 1 : CONSUMERS) && count > 0)
+            produce(base, &q_map, &k_map, &v_map,
+                    List(list + consumer * stride_iq, stride_ik, count, block_sizes, key_blocks, lane),
+                    first + consumer, one_for_both ? CONSUMERS : 1, consumer, one_for_both, head, batch);
+    } else {
+        take_registers<CONSUMER_REGISTERS>();
+        int consumer = group - 1, count = consumer == 0 ? count_0 : count_1;
+        float o[OUTPUTS] = {}, peak[2] = {none(), none()}, total[2] = {};
+        if (count > 0) consume(base, count, scale_log2e, consumer, one_for_both, o, peak, total);
+        store(o, peak, total, scale_log2e, out, lse, query_blocks);
+    }
+}

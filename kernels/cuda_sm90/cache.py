@@ -1,0 +1,65 @@
+"""Compiled kernels on disk, so that only the first use on a machine compiles. Losing the folder loses nothing."""
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class CacheMiss(LookupError):
+    """Nothing usable under this key; the message says why."""
+
+
+def default_folder() -> Path:
+    """The user's cache folder of this pack. It need not exist."""
+    if os.name == "nt":
+        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "video_sparse_attention", "cubin")
+
+
+class Cache:
+    """Files named by their key, each a SHA-256 digest and then the content it belongs to."""
+
+    def __init__(self, folder: Path | None = None):
+        self._folder = folder
+
+    @property
+    def folder(self) -> Path:
+        return self._folder or default_folder()
+
+    def read(self, key: str) -> bytes:
+        """The content stored under `key`. Raises CacheMiss."""
+        try:
+            path = self.folder / key
+            stored = path.read_bytes()
+        except FileNotFoundError:
+            raise CacheMiss("not built on this machine yet") from None
+        except (OSError, RuntimeError) as error:           # RuntimeError: a user without a home folder
+            raise CacheMiss(f"cannot be read: {error}") from None
+        digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        if not content or hashlib.sha256(content).digest() != digest:
+            raise CacheMiss(f"{path} is corrupt")
+        return content
+
+    def write(self, key: str, content: bytes) -> str | None:
+        """Store `content`, all of it or nothing; returns why not, or None. Two writers at once: the later stays."""
+        temporary = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", delete=False) as file:
+                temporary = file.name
+                file.write(hashlib.sha256(content).digest() + content)
+            os.replace(temporary, self.folder / key)
+        except (OSError, RuntimeError) as error:
+            if temporary is not None and os.path.exists(temporary):
+                try:
+                    os.unlink(temporary)
+                except OSError:
+                    pass
+            return f"not kept on disk: {error}"
+        return None

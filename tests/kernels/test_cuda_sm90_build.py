@@ -1,0 +1,115 @@
+"""Every variant of the CUDA kernel compiles for sm_90a, without a GPU, into what the card can run fast."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pack.kernels.cuda_sm90.loader import ARCHITECTURE, KERNEL, SOURCE, constant, options, source
+from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
+
+VARIANTS = [(dim, dtype) for dim in (64, 128) for dtype in ("bfloat16", "float16")]
+
+
+def build_with_nvrtc(dim, dtype, folder):
+    try:
+        nvrtc = Nvrtc()
+    except NvrtcError as error:
+        pytest.skip(f"{error}")
+    return nvrtc.compile(source(), SOURCE.name, [*options(dim, dtype), "--ptxas-options=-v"])
+
+
+def build_with_nvcc(dim, dtype, folder):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on the path")
+    target = folder / "kernel.cubin"
+    defines = [option for option in options(dim, dtype) if option.startswith("-D")]
+    machine = f"-gencode=arch={ARCHITECTURE.replace('sm', 'compute')},code={ARCHITECTURE}"
+    done = subprocess.run(["nvcc", "-std=c++17", machine, "-cubin", "-Xptxas", "-v", *defines, "-o", target, SOURCE],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target.read_bytes(), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", params=[build_with_nvrtc, build_with_nvcc], ids=["NVRTC", "nvcc"])
+def builds(request, tmp_path_factory):
+    """{(head_dim, dtype): (cubin, log)}"""
+    folder = tmp_path_factory.mktemp("cubin")
+    return {variant: request.param(*variant, folder) for variant in VARIANTS}
+
+
+def test_one_of_the_two_compilers_is_here():
+    if shutil.which("nvcc") is None:
+        try:
+            Nvrtc()
+        except NvrtcError as error:
+            if os.environ.get("REQUIRE_COMFYUI") == "1":
+                raise
+            pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_nothing_spills_and_no_product_is_serialised(builds, variant):
+    _, log = builds[variant]
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) == [("0", "0")], log
+    assert not re.search(r"C75\d\d", log), log
+    assert not re.search(r"\bwarning\b", log), log
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_registers_and_shared_memory_fit_one_cta(builds, variant):
+    _, log = builds[variant]
+    used = int(re.search(r"Used (\d+) registers", log)[1])
+    assert used * constant("THREADS", variant[0]) <= 65536
+    assert constant("SHARED_BYTES", variant[0]) <= 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def tools():
+    triton = pytest.importorskip("triton")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    if not (folder / "nvdisasm").exists():
+        pytest.skip("this triton brings no nvdisasm")
+    return folder
+
+
+def disassembled(cubin, tools, folder):
+    (folder / "kernel.cubin").write_bytes(cubin)
+    return subprocess.run([tools / "nvdisasm", "-c", folder / "kernel.cubin"], check=True, capture_output=True,
+                          text=True).stdout
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_machine_code_holds_what_the_design_asks_for(builds, variant, tools, tmp_path):
+    sass = disassembled(builds[variant][0], tools, tmp_path)
+    dim = variant[0]
+    keys, values = 2 * (1 + 2 * 2) * dim // 32, 4 * (1 + 2 + 2)
+    assert len(re.findall(r"\bHGMMA\.", sass)) == keys + values
+    assert len(re.findall(rf"\bHGMMA\.64x{dim}x16\.F32(?:\.BF16)?.*\.tnspB", sass)) == values
+    assert len(re.findall(r"\bUTMALDG\.5D\b", sass)) >= 3
+    assert "USETMAXREG" in sass and not re.search(r"\b(LDL|STL|HMMA)\b", sass)
+    assert f".{KERNEL}" in sass
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_exponentials_stand_between_the_two_waits_of_the_loop(builds, variant, tools, tmp_path):
+    """Without that the product of weights and values would have to end before softmax may start."""
+    sass = disassembled(builds[variant][0], tools, tmp_path)
+    events = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|WARPGROUP\.ARRIVE", sass)
+    start = events.index("WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    loop = events[start + 1:events.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", start)]
+    assert events.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 1
+    assert loop == ["MUFU.EX2"] * (2 * constant("SCORES", 64) + 2)
+
+
+def test_an_error_in_the_source_is_reported_in_nvrtcs_words():
+    try:
+        nvrtc = Nvrtc()
+    except NvrtcError as error:
+        pytest.skip(str(error))
+    with pytest.raises(NvrtcError, match='refused the source: broken.cu.1.: error: identifier "nothing" is undefined'):
+        nvrtc.compile("__global__ void f() { nothing; }", "broken.cu", options(64, "float16"))
