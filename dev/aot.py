@@ -1,10 +1,10 @@
-"""Compile the Triton kernel for every card in its table, without a GPU, and check what comes out.
+"""Compile the Triton kernels for every card in their table, without a GPU, and check what comes out.
 
     python dev/aot.py [--arch sm_89 ...] [--json FILE] [--jobs N]
 
-One row per (card, head_dim, dtype, with or without LSE). Exits 1 when a row spills registers, wants more
-shared memory than its card has, or lacks tensor-core instructions. "CTAs" is how many programs one
-multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
+One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 when a row spills registers, wants more
+shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
+one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
 """
 import argparse
 import json
@@ -21,9 +21,18 @@ from typing import NamedTuple
 os.environ.pop("TRITON_INTERPRET", None)
 
 ROOT = Path(__file__).resolve().parent.parent
-POINTERS = {"Q": None, "K": None, "V": None, "OUT": None, "LSE": "fp32", "INDICES": "i32", "COUNTS": "i32",
-            "SIZES": "i32"}
-COLUMNS = ("arch", "D", "dtype", "lse", "warps", "stages", "registers", "spill B", "shared KB", "CTAs", "HMMA", "HGMMA")
+POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "TOKEN_ROWS": "i32", "COARSE": "fp32",
+            "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
+            **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
+"""What a pointer points to; None: the dtype of the row."""
+FLOATS = ("scale", "scale_log2e")
+COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
+           "HMMA", "HGMMA")
+ATTENTION = {"bf16": ("", "lse", "gather", "gather combine lse"), "fp16": ("lse", "gather combine lse")}
+"""Variants of the attention kernel: with and without LSE, tokens in place, and the coarse branch in the epilogue.
+In fp16, whose code differs in the name of a type, only those that hold most."""
+ROWS = (500, 1000, 2000, 4096)
+"""Tiles to select from: one of every length that `select_tiles.py` compiles for."""
 
 
 class Card(NamedTuple):
@@ -51,22 +60,49 @@ def name(capability):
     return "sm_{}{}".format(*capability)
 
 
-def compile_row(capability, head_dim, dtype, return_lse):
-    """Compile one entry of the table; returns the row of the report as a dict keyed by COLUMNS."""
+def entries(card):
+    """What to compile for a card: (card, kernel, head_dim or row length, dtype, variant)."""
+    for dim in (64, 128):
+        for dtype in ("bf16", "fp16"):
+            yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in ATTENTION[dtype])
+            yield card, "tile_means_forward", dim, dtype, ""
+        yield card, "score_tiles", dim, "fp32", ""
+    yield from ((card, "select_rows", length, "fp32", "") for length in ROWS)
+
+
+def kernel_of(capability, kernel, size, dtype, variant):
+    """(function, constants, launch options) of one entry, as the pack launches it."""
+    import torch
+
+    from pack.kernels.triton import block_sparse, select_tiles, tile_means
+    from pack.kernels.triton.configs import config_for
+
+    if kernel == "tile_means_forward":
+        return tile_means.tile_means_forward, {"D": size, "BLOCK": 64, "PARTS": 3}, {"num_warps": tile_means.NUM_WARPS}
+    if kernel == "score_tiles":
+        options = dict(select_tiles.SCORE_OPTIONS)
+        return select_tiles.score_tiles, {"D": size, "TILE": select_tiles.SCORE_TILE,
+                                          "DEPTH": options.pop("DEPTH")}, options
+    if kernel == "select_rows":
+        options = select_tiles.row_options(size)
+        return select_tiles.select_rows, {"ROW": options.pop("ROW")}, options
+    gather, combine, lse = (word in variant for word in ("gather", "combine", "lse"))
+    constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "INTERPRET": False}
+    absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    config = config_for(capability, size, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype]))
+    return block_sparse.block_sparse_forward, constants, config._asdict()
+
+
+def compile_row(capability, kernel_name, size, dtype, variant):
+    """Compile one entry; returns the row of the report as a dict keyed by COLUMNS."""
     if "pack" not in sys.modules:
         load_pack()
-    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pack.kernels.triton.block_sparse import block_sparse_forward as kernel
-    from pack.kernels.triton.configs import config_for
-
-    config = config_for(capability, head_dim, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype]))
-    constants = {"D": head_dim, "BLOCK": 64, "RETURN_LSE": return_lse, "INTERPRET": False}
-    if not return_lse:
-        constants["LSE"] = None
+    kernel, constants, options = kernel_of(capability, kernel_name, size, dtype, variant)
     signature, hints = {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.name in constants:
@@ -75,16 +111,16 @@ def compile_row(capability, head_dim, dtype, return_lse):
         if parameter.name in POINTERS:
             signature[parameter.name] = "*" + (POINTERS[parameter.name] or dtype)
         else:
-            signature[parameter.name] = "fp32" if parameter.name == "scale_log2e" else "i32"
+            signature[parameter.name] = "fp32" if parameter.name in FLOATS else "i32"
         if not parameter.do_not_specialize and signature[parameter.name] != "fp32":
             hints[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    built = triton.compile(source, target=target, options=config._asdict())
+    built = triton.compile(source, target=target, options=options)
     registers, spilled, sass = inspect(built.asm["cubin"])
-    shared = built.metadata.shared
-    values = (name(capability), head_dim, dtype, return_lse, config.num_warps, config.num_stages, registers, spilled,
-              shared / 1024, programs_per_sm(capability, registers, shared, config.num_warps),
+    shared, warps = built.metadata.shared, options["num_warps"]
+    values = (kernel_name, name(capability), size, dtype, variant, warps, built.metadata.num_stages, registers, spilled,
+              shared / 1024, programs_per_sm(capability, registers, shared, warps),
               len(re.findall(r"\bHMMA\b", sass)), len(re.findall(r"\bHGMMA\b", sass)))
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -114,13 +150,13 @@ def programs_per_sm(capability, registers, shared, warps):
 
 def faults(row):
     """What is wrong with a row, as sentences."""
-    where = f"{row['arch']} D {row['D']} {row['dtype']}{' with LSE' if row['lse'] else ''}"
+    where = " ".join(str(row[column]) for column in COLUMNS[:5]).strip()
     card = next(card for capability, card in CARDS.items() if name(capability) == row["arch"])
     if row["spill B"]:
         yield f"{where}: spills {row['spill B']} bytes, wanted 0"
     if row["shared KB"] > card.shared_kb:
         yield f"{where}: {row['shared KB']:.0f} KB of shared memory, the card has {card.shared_kb}"
-    if not row["HGMMA" if row["arch"] == "sm_90" else "HMMA"]:
+    if row["kernel"] == "block_sparse_forward" and not row["HGMMA" if row["arch"] == "sm_90" else "HMMA"]:
         yield f"{where}: no tensor-core instructions"
 
 
@@ -138,8 +174,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
 
-    wanted = [(card, dim, dtype, lse) for card in CARDS if not options.arch or name(card) in options.arch
-              for dim in (64, 128) for dtype in ("bf16", "fp16") for lse in (False, True)]
+    wanted = [entry for card in CARDS if not options.arch or name(card) in options.arch for entry in entries(card)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:

@@ -11,45 +11,11 @@ import json
 from pathlib import Path
 
 import comfy_boot
+from workflow_graphs import GRAPHS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NEGATIVE = ("bright tones, overexposed, static, blurred details, subtitles, worst quality, low quality, "
-            "deformed, still picture")
-
-# id: (node type, title or None, (x, y), (width, height), inputs); an input that is a list is a link [id, output].
-WAN_T2V_VSA = {
-    1: ("UNETLoader", None, (40, 60), (340, 90),
-        {"unet_name": "wan2.1_t2v_1.3B_fp16.safetensors", "weight_dtype": "default"}),
-    2: ("CLIPLoader", None, (40, 200), (340, 110),
-        {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan", "device": "default"}),
-    3: ("VAELoader", None, (40, 360), (340, 60), {"vae_name": "wan_2.1_vae.safetensors"}),
-    4: ("ModelSamplingSD3", None, (430, 60), (300, 60), {"model": [1, 0], "shift": 8.0}),
-    5: ("VideoSparseAttentionPatch", None, (430, 170), (320, 440),
-        {"model": [4, 0], "sparsity": 0.8, "tile_size": "auto", "backend": "auto", "start_percent": 0.2,
-         "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288, "strict": False, "verbose": False}),
-    6: ("CLIPTextEncode", "Prompt", (800, 60), (360, 150),
-        {"clip": [2, 0],
-         "text": "a red fox trots through fresh snow at sunrise, steam from its breath, tracking shot"}),
-    7: ("CLIPTextEncode", "Negative prompt", (800, 260), (360, 130), {"clip": [2, 0], "text": NEGATIVE}),
-    8: ("EmptyHunyuanLatentVideo", None, (800, 440), (360, 130),
-        {"width": 832, "height": 480, "length": 81, "batch_size": 1}),
-    9: ("KSampler", None, (1190, 60), (300, 260),
-        {"model": [5, 0], "positive": [6, 0], "negative": [7, 0], "latent_image": [8, 0], "seed": 1, "steps": 30,
-         "cfg": 6.0, "sampler_name": "uni_pc", "scheduler": "simple", "denoise": 1.0}),
-    10: ("SparseAttentionReport", None, (1190, 380), (460, 420), {"latent": [9, 0], "model": [5, 0]}),
-    11: ("VAEDecode", None, (1540, 60), (220, 50), {"samples": [10, 0], "vae": [3, 0]}),
-    12: ("CreateVideo", None, (1540, 170), (220, 80), {"images": [11, 0], "fps": 16.0}),
-    13: ("SaveVideo", None, (1800, 60), (340, 320), {"video": [12, 0], "filename_prefix": "video/wan_vsa"}),
-    14: ("MarkdownNote", "What this does", (40, 660), (710, 230),
-         {"text": "**Video Sparse Attention** lets every 3-D tile of the clip attend only to the tiles that matter "
-                  "to it.\n\n- `sparsity` 0.8 keeps a fifth of them. Higher is faster and further from dense.\n"
-                  "- `start_percent` 0.2 keeps the first fifth of the steps dense, where the composition forms.\n"
-                  "- After a run the node says what ran sparse, what ran dense and why, and how long both took.\n"
-                  "- **Sparse Attention Report** shows which tiles the middle of the clip looks at.\n\n"
-                  "Bypass the node (Ctrl+B) to compare with dense attention at the same seed."}),
-}
-WORKFLOWS = {"wan_t2v_vsa": WAN_T2V_VSA}
+WORKFLOWS = GRAPHS
 
 
 def definition(node_type):
@@ -64,7 +30,8 @@ def definition(node_type):
 
 def is_widget(spec):
     kind = spec[0]
-    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+    plain = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+    return isinstance(kind, list) or set(kind.split(",")) <= plain
 
 
 def default_of(spec):

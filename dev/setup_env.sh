@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates VENV (or updates it) with the smallest set of packages that runs the ComfyUI checkout COMFYUI on a
-# CPU (Python API, server, web page) and this pack's tests: triton for its CPU interpreter, pytest, ruff.
+# CPU (Python API, server, web page) and this pack's tests: triton for its CPU interpreter, NVRTC to build the CUDA
+# kernel without a GPU, pytest, ruff.
 #
 #   dev/setup_env.sh VENV COMFYUI          PYTHON=python3.12 dev/setup_env.sh ... for another interpreter
 #
@@ -9,7 +10,7 @@
 # PIP_EXTRA_INDEX_URL at a source of CPU wheels to save the gigabytes of CUDA that torch brings otherwise.
 # Running it again is cheap; with another checkout it moves the pinned comfy packages to that one's versions.
 set -euo pipefail
-[ $# -eq 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -eq 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$1 comfyui=$2
 [ -f "$comfyui/requirements.txt" ] || { echo "no requirements.txt in $comfyui" >&2; exit 1; }
@@ -23,13 +24,14 @@ torch==2.13.0
 torchvision==0.28.0
 torchaudio==2.11.0
 triton==3.7.1
+nvidia-cuda-nvrtc-cu12==12.8.93
 PINS
 # Not needed to start, or of no use without a display; core nodes that want them report that they cannot load.
 skip='comfyui-workflow-templates|comfyui-embedded-docs|PyOpenGL|comfy-angle'
 grep -vE "^(torch|torchvision|torchaudio|$skip)([^A-Za-z0-9_-]|\$)" "$comfyui/requirements.txt" > "$venv/requirements.txt"
-[ "$(uname -s)" = Linux ] && triton=triton || triton=
+[ "$(uname -s)" = Linux ] && compilers="triton nvidia-cuda-nvrtc-cu12" || compilers=
 
-install -c "$venv/constraints.txt" torch $triton
+install -c "$venv/constraints.txt" torch $compilers
 install -c "$venv/constraints.txt" --no-deps torchvision torchaudio
 install -c "$venv/constraints.txt" -r "$venv/requirements.txt" -r "$here/../requirements.txt" pytest hypothesis ruff
 

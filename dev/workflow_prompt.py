@@ -7,8 +7,10 @@ from __future__ import annotations
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"MarkdownNote", "Note"}
-DECODING = {"VAEDecode", "CreateVideo", "SaveVideo", "VAELoader", "CLIPLoader", "VAEDecodeTiled"}
-LOADERS = {"UNETLoader": "unet_name"}
+DROPPED = {"VAEDecode", "CreateVideo", "SaveVideo", "VAELoader", "CLIPLoader", "DualCLIPLoader", "VAEDecodeTiled",
+           "LTXAVTextEncoderLoader", "LTXVAudioVAELoader", "LTXVSeparateAVLatent", "LTXVAudioVAEDecode"}
+LOADERS = {"UNETLoader": "unet_name", "SparseDiffusionModelLoader": "model_name", "CheckpointLoaderSimple": None}
+"""Loader: its widget for the file. None: a loader of whole checkpoints, for which a UNETLoader stands in."""
 
 
 def to_prompt(workflow, object_info):
@@ -36,17 +38,24 @@ def to_prompt(workflow, object_info):
     return prompt
 
 
-def shrink(prompt, checkpoint, width=96, height=80, frames=17, steps=2, min_tokens=0):
-    """The same graph with a tiny checkpoint, random conditioning, a small clip, few steps, and nothing decoded."""
+def shrink(prompt, checkpoint, width=96, height=80, frames=17, steps=2, min_tokens=0, text_width=64):
+    """The same graph with a tiny checkpoint, random conditioning, a small clip, few steps, and nothing decoded.
+
+    text_width: width of the text embeddings that the checkpoint takes.
+    """
     small = {}
     for node_id, node in prompt.items():
         kind, inputs = node["class_type"], dict(node["inputs"])
-        if kind in DECODING:
+        if kind in DROPPED:
             continue
         if kind in LOADERS:
+            if LOADERS[kind] is None:
+                kind, inputs = "UNETLoader", {"weight_dtype": "default"}
             inputs[LOADERS[kind]] = checkpoint
         if kind == "CLIPTextEncode":
-            kind, inputs = "DemoConditioning", {"tokens": 7, "width": 64, "seed": int(node_id)}
+            kind, inputs = "DemoConditioning", {"tokens": 7, "width": text_width, "seed": int(node_id)}
+        if kind == "LTXVEmptyLatentAudio":
+            kind, inputs = "DemoAudioLatent", {"frames": frames}
         if "width" in inputs and "length" in inputs:
             inputs.update(width=width, height=height, length=frames)
         if "steps" in inputs:

@@ -3,10 +3,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attach_vsa_gates import VSAGatesAttach
+from .load_sparse_diffusion_model import SparseDiffusionModelLoader
 from .report import SparseAttentionReport
+from .sliding_tile_attention import SlidingTileAttentionPatch
+from .strategy_files import LoadSTAStrategy, SaveSTAStrategy
+from .strategy_search import STAStrategySearch
 from .video_sparse_attention import VideoSparseAttentionPatch
 
-NODES: tuple[type[io.ComfyNode], ...] = (VideoSparseAttentionPatch, SparseAttentionReport)
+NODES: tuple[type[io.ComfyNode], ...] = (
+    VideoSparseAttentionPatch, SparseAttentionReport, SparseDiffusionModelLoader, VSAGatesAttach,
+    SlidingTileAttentionPatch, LoadSTAStrategy, SaveSTAStrategy, STAStrategySearch)
 
 
 class VideoSparseAttentionExtension(ComfyExtension):

@@ -6,72 +6,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from .. import kernels
 from ..vsa_core.grid import TokenGrid
-from .families import ModelCall, VideoFamily, family_of
+from .families import VideoFamily, family_of
 from .layout import from_bshd, to_bshd
+from .masks import hide_masked
+from .method import LayerCall, Method, StaysDense, Step
 from .run import DENSE, OTHER, SPARSE, GridRecord, Run
 from .settings import Settings
-from .status import status_text
+from .status import show_under_node, status_text
 
 log = logging.getLogger(__name__)
 
 OVERRIDE = "optimized_attention_override"
-
-
-class Method(Protocol):
-    """A sparse method with its settings, as the hook sees it."""
-
-    name: str
-
-    def plan(self, grid: TokenGrid, device: torch.device) -> Any:
-        """What depends on the grid only; made once per grid and run."""
-
-    def facts(self, plan: Any) -> dict[str, Any]:
-        """Plain numbers for the report: tile, tiles, kept, work."""
-
-    def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record` when there is one."""
-
-
-@dataclass
-class Step:
-    """One forward pass of the model, as its attention calls need it."""
-
-    run: Run
-    net: Any
-    call: ModelCall
-    scheduled: bool
-    """Whether the schedule lets this pass run sparse."""
-    number: int
-    """Forward passes of this run, this one included."""
-    index: int = 0
-    """Place of this pass's sigma in the sampling schedule, 0 .. total - 1."""
-    total: int = 1
-    """Steps in the sampling schedule."""
-    seen: int = 0
-    """The clip's self-attention calls in this pass so far."""
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One sparse attention call, as the method needs it."""
-
-    kernel: str
-    layer: int | None
-    layers: int | None
-    step: Step
-    options: dict[str, Any]
-    """The call's transformer_options."""
-    record: GridRecord | None
-    """Where to put the density of this call, when it is sampled."""
 
 
 class SparseAttentionHook:
@@ -165,6 +120,8 @@ class SparseAttentionHook:
 
     def _report(self, run: Run) -> None:
         run.finish()
+        for text in self.method.remarks(run):
+            run.note(text)
         self.last_run = run
         text = status_text(run, self.settings.verbose)
         log.info("%s", text if self.settings.verbose else text.replace("\n", " | "))
@@ -222,7 +179,7 @@ class SparseAttentionHook:
         skip_reshape = given.get("skip_reshape", False)
         run = step.run
 
-        grid = self._grid(step, options, q, k, given)
+        grid = self._grid(step, options, q, k, heads, given)
         if isinstance(grid, str):
             run.other[grid] += 1
             with run.timed(OTHER, None, q.device):
@@ -252,20 +209,21 @@ class SparseAttentionHook:
         finally:
             self._inside.dense = False
 
-    def _grid(self, step: Step, options, q, k, given) -> TokenGrid | str:
+    def _grid(self, step: Step, options, q, k, heads, given) -> TokenGrid | str:
         """Where the clip's tokens lie in this call, or what else the call is."""
         tokens = q.shape[-2]
         if k.shape[-2] != tokens:
             return "cross-attention"
         if k.shape != q.shape or given.get("enable_gqa"):
             return "fewer key heads than query heads"
-        if given.get("mask") is not None:
-            return "attention mask"
         if given.get("low_precision_attention") is False:
             return "full precision asked for"
-        if tokens in step.call.context_lengths:
+        head_dim = q.shape[-1] if given.get("skip_reshape", False) else q.shape[-1] // heads
+        grid = self.family.locate(step.net, step.call, options, tokens, (heads, head_dim))
+        if isinstance(grid, TokenGrid) and tokens in step.call.context_lengths:
             return "as many tokens as the text: self- or cross-attention"
-        return self.family.locate(step.net, step.call, options, tokens)
+        mask = given.get("mask")
+        return grid if mask is None or isinstance(grid, str) else hide_masked(grid, mask, step.masks)
 
     def _reason_for_dense(self, step: Step, grid: TokenGrid, layer, layers) -> str | None:
         if grid.thw[0] == 1:
@@ -293,6 +251,10 @@ class SparseAttentionHook:
                 return None, "no kernel"
             try:
                 return self._run_kernel(replace(call, kernel=spec.name), grid, q, k, v), None
+            except StaysDense as reason:
+                return None, str(reason)
+            except comfy.model_management.InterruptProcessingException:
+                raise
             except torch.cuda.OutOfMemoryError:
                 run.plans.clear()
                 run.note("the sparse path ran out of memory; those calls ran dense")
@@ -330,14 +292,3 @@ def _place(sigma: float, options: dict[str, Any]) -> tuple[int, int]:
         return 0, 1
     steps = [abs(value - sigma) for value in sigmas.tolist()[:-1]]
     return steps.index(min(steps)), len(steps)
-
-
-def show_under_node(text: str, node_id: str | None) -> None:
-    """Show text under a node of the open graph; does nothing where there is no server."""
-    if node_id is None:
-        return
-    try:
-        from server import PromptServer
-        PromptServer.instance.send_progress_text(text, node_id)
-    except (ImportError, AttributeError):
-        log.debug("no server to show the text of node %s", node_id)

@@ -53,7 +53,7 @@ def _picture(runs) -> tuple[torch.Tensor, bool]:
         return torch.full((1, 1, 1, 3), 0.5), False
     record = records[-1]
     x = "x".join
+    kept = record.facts.get("label") or f"{record.facts['kept']} of {record.facts['tiles']} tiles kept per query tile"
     caption = (f"grid {x(map(str, record.grid.thw))} tokens, tile {x(map(str, record.facts['tile']))}, "
-               f"{record.facts['kept']} of {record.facts['tiles']} tiles kept per query tile, "
-               f"density {record.density:.1%}, kernel {record.kernel}")
+               f"{kept}, density {record.density:.1%}, kernel {record.kernel}")
     return draw_tile_map(record.tile_map, caption), True

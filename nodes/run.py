@@ -49,6 +49,8 @@ class Run:
         self.dense: Counter[str] = Counter()
         self.other: Counter[str] = Counter()
         self.layers: dict[Any, Counter[str]] = defaultdict(Counter)
+        self.gated: Counter[Any] = Counter()
+        """Sparse calls per layer that had a trained gate."""
         self.notes: list[str] = []
         self.steps = 0
         self.sampled_step = -1
@@ -118,7 +120,7 @@ class Run:
         """The run in plain numbers, one entry per grid (one without a grid when nothing ran sparse)."""
         shared = {
             "method": self.method_name, "steps": self.steps,
-            "dense_calls": dict(self.dense), "other_calls": dict(self.other),
+            "gated_calls": self.gated.total(), "dense_calls": dict(self.dense), "other_calls": dict(self.other),
             "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
             "other_ms": self.milliseconds(OTHER), "sparse_ms_per_call": self.median_ms(SPARSE),
             "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds, "notes": list(self.notes)}

@@ -1,7 +1,11 @@
 """A run in words: the text under the node, the log line, and the report."""
 from __future__ import annotations
 
+import logging
+
 from .run import DENSE, SPARSE, Run
+
+log = logging.getLogger(__name__)
 
 
 def status_text(run: Run, verbose: bool = False) -> str:
@@ -19,9 +23,21 @@ def status_text(run: Run, verbose: bool = False) -> str:
     return "\n".join(lines)
 
 
+def show_under_node(text: str, node_id: str | None) -> None:
+    """Show text under a node of the open graph; does nothing where there is no server."""
+    if node_id is None:
+        return
+    try:
+        from server import PromptServer
+        PromptServer.instance.send_progress_text(text, node_id)
+    except (ImportError, AttributeError):
+        log.debug("no server to show the text of node %s", node_id)
+
+
 def _kept_line(entry: dict) -> str:
     density = "" if entry["density"] is None else f" ({entry['density']:.1%} of pairs)"
-    return f"{entry['method']}: {entry['kept']} of {entry['tiles']} tiles{density}, {entry['backend']}"
+    kept = entry.get("label") or f"{entry['kept']} of {entry['tiles']} tiles"
+    return f"{entry['method']}: {kept}{density}, {entry['backend']}"
 
 
 def _grid_line(entry: dict) -> str:

@@ -1,8 +1,9 @@
 """The node "Video Sparse Attention (VSA)"."""
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,58 +11,89 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsa_core.backends.video_sparse_attn import (
-    VideoSparseAttentionImpl,
+    VSA_TILE_SIZE,
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
 )
+from ..vsa_core.forward_context import set_forward_context
 from ..vsa_core.grid import Thw, TokenGrid
+from ..vsa_core.selector import AttentionBackendEnum
 from ..vsa_core.tiling import auto_tile_size, parse_tile_size
-from .hook import LayerCall, SparseAttentionHook
-from .run import GridRecord
+from .gate_advice import advice_after, advice_before
+from .gates import GateSet, gate_of, gates_of
+from .hook import SparseAttentionHook
+from .local_layers import LocalLayers
+from .method import LayerCall
+from .run import GridRecord, Run
 from .settings import read_settings, settings_inputs, why_invalid
+from .status import show_under_node
+
+log = logging.getLogger(__name__)
 
 AUTO_TILE = "auto"
 TILE_SIZES = (AUTO_TILE, "4x4x4", "1x8x8", "2x4x8", "2x8x4", "4x2x8", "4x8x2", "8x2x4", "8x4x2", "4x4x8", "4x8x4",
               "8x4x4", "2x8x8", "4x8x8", "8x8x4")
 
 
+@dataclass
+class Plan:
+    """One grid: its metadata, and the layers that its calls go through."""
+
+    metadata: VideoSparseAttentionMetadata
+    layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.VIDEO_SPARSE_ATTN))
+
+
 @dataclass(frozen=True)
 class VideoSparseMethod:
-    """VSA with its settings. tile_size None: `auto_tile_size` of the grid at hand."""
+    """VSA with its settings. tile_size None: the tile that the gates were trained with, else `auto_tile_size`."""
 
     sparsity: float
     tile_size: Thw | None
+    gates: GateSet | None = None
     name: str = "VSA"
 
-    def plan(self, grid: TokenGrid, device: torch.device) -> VideoSparseAttentionMetadata:
+    def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
         # No reused tile buffer: between layers it would hold three q-sized tensors that the host needs for itself.
-        return VideoSparseAttentionMetadataBuilder().build(
+        return Plan(VideoSparseAttentionMetadataBuilder().build(
             current_timestep=0, raw_latent_shape=grid.thw, patch_size=(1, 1, 1), VSA_sparsity=self.sparsity,
-            device=device, tile_size=self.tile_size or auto_tile_size(grid.thw), prefix=grid.prefix,
-            suffix=grid.suffix, cache_tile_buf=False)
+            device=device, tile_size=self._tile(grid), prefix=grid.prefix,
+            suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False))
 
-    def facts(self, plan: VideoSparseAttentionMetadata) -> dict[str, Any]:
-        others = plan.padded_seq_length - plan.num_video_slots
-        computed = (plan.num_video_slots * (plan.topk * plan.slots_per_tile + others)
-                    + others * plan.padded_seq_length)
-        return {"tile": list(plan.tile_size), "tiles": math.prod(plan.num_tiles), "kept": plan.topk,
-                "sparsity": self.sparsity, "work": computed / plan.total_seq_length ** 2}
+    def _tile(self, grid: TokenGrid) -> Thw:
+        if self.tile_size is None and self.gates is not None:
+            return self.gates.trained.tile or VSA_TILE_SIZE
+        return self.tile_size or auto_tile_size(grid.thw)
 
-    def attend(self, plan: VideoSparseAttentionMetadata, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        record = call.record
-        on_selection = None if record is None else lambda tiles, md: _observe(tiles, md, record)
-        impl = VideoSparseAttentionImpl(q.shape[2], q.shape[3], backend=call.kernel, on_selection=on_selection)
-        tiled = impl.tile_parts((q, k, v), plan)
-        return impl.postprocess_output(impl.forward(*tiled.chunk(3), None, plan), plan)
+    def facts(self, plan: Plan) -> dict[str, Any]:
+        md = plan.metadata
+        others = md.padded_seq_length - md.num_video_slots
+        computed = md.num_video_slots * (md.topk * md.slots_per_tile + others) + others * md.padded_seq_length
+        return {"tile": list(md.tile_size), "tiles": math.prod(md.num_tiles), "kept": md.topk,
+                "sparsity": self.sparsity, "work": computed / md.total_seq_length ** 2}
+
+    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        layer, record = plan.layers.of(q, call.kernel), call.record
+        layer.attn_impl.on_selection = None if record is None else lambda tiles, md: _observe(tiles, md, record)
+        gate = gate_of(call.options, q)
+        with set_forward_context(plan.metadata):
+            out = layer(q, k, v, gate_compress=gate)
+        if gate is not None:
+            call.step.run.gated[call.layer] += 1
+        return out
+
+    def remarks(self, run: Run) -> list[str]:
+        """What a user of trained gates should know of a finished run."""
+        return [] if self.gates is None else advice_after(self.gates.trained, self.sparsity, run)
 
 
 def _observe(tiles: Tensor, plan: VideoSparseAttentionMetadata, record: GridRecord) -> None:
     """Put the density of a selection, int32 [B, H, N, k], and its map of the middle query tile into the record."""
     sizes = plan.variable_block_sizes.float()
-    others, total = plan.grid.num_other_tokens, plan.total_seq_length
-    keys = sizes[tiles.long()].sum(-1) + others                        # [B, H, N]
-    pairs = (keys * sizes).sum(-1).mean() + others * total
-    record.densities.append(pairs / total ** 2)
+    total, hidden = plan.total_seq_length, len(plan.grid.hidden)
+    others, seen = plan.grid.num_other_tokens, total - hidden
+    keys = sizes[tiles.long()].sum(-1) + others - hidden               # [B, H, N]
+    pairs = (keys * sizes).sum(-1).mean() + others * seen
+    record.densities.append(pairs / (total * seen))
     n_t, n_h, n_w = plan.num_tiles
     middle = (n_t // 2 * n_h + n_h // 2) * n_w + n_w // 2
     kept = tiles[:, :, middle].flatten().long()
@@ -107,9 +139,14 @@ class VideoSparseAttentionPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, sparsity, tile_size=AUTO_TILE, **settings) -> io.NodeOutput:
-        hidden = getattr(cls, "hidden", None)
-        return io.NodeOutput(SparseAttentionHook.install(
-            model, read_method(sparsity, tile_size), read_settings(**settings), getattr(hidden, "unique_id", None)))
+        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        method, settings = replace(read_method(sparsity, tile_size), gates=gates_of(model)), read_settings(**settings)
+        patched = SparseAttentionHook.install(model, method, settings, node_id)
+        if method.gates is not None:
+            if advice := advice_before(method.gates.trained, sparsity, settings):
+                log.warning("[VSA] %s", "; ".join(advice))
+                show_under_node("\n".join(advice), node_id)
+        return io.NodeOutput(patched)
 
 
 def read_method(sparsity: float, tile_size: str) -> VideoSparseMethod:

@@ -7,14 +7,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 PACK = "video-sparse-attention"
-CHECKPOINTS = {"wan_t2v_vsa": "tiny_wan_t2v"}
-"""The tiny checkpoint that stands for a workflow's model."""
+TINY = {
+    "wan_t2v": ("tiny_wan_t2v", {}),
+    "hunyuan_video15_t2v": ("tiny_hunyuan_video15", {"width": 96, "height": 80}),
+    "ltx2_t2v": ("tiny_ltxav", {"width": 192, "height": 160, "frames": 33, "text_width": 128}),
+    "fastwan_vsa_3step": ("tiny_wan_vsa", {}),
+}
+"""How a workflow's name starts: the tiny checkpoint that stands for its model, and how its clip is shrunk."""
 
 
 @pytest.fixture(scope="module")
 def server(comfyui, tiny, tmp_path_factory):
     from comfy_server import Server
-    for name in set(CHECKPOINTS.values()):
+    for name, _ in TINY.values():
         folder = tiny(name).parent
     with Server(comfyui, models=folder, timeout=600, log=tmp_path_factory.mktemp("server") / "log") as running:
         yield running
@@ -36,17 +41,19 @@ def test_every_node_is_listed_with_a_category_a_tooltip_per_widget_and_a_help_pa
         schema = node.define_schema()
         info = object_info[schema.node_id]
         assert info["python_module"] == f"custom_nodes.{PACK}" and info["description"]
-        widgets = {name: spec for name, spec in info["input"]["required"].items() if spec[0] not in ("MODEL", "LATENT")}
+        sockets = ("MODEL", "LATENT", "CONDITIONING", "STA_STRATEGY")
+        widgets = {name: spec for name, spec in info["input"]["required"].items() if spec[0] not in sockets}
         assert all(spec[1].get("tooltip") for spec in widgets.values()), schema.node_id
         status, page = server.get(f"/extensions/{PACK}/docs/{schema.node_id}.md")
         assert status == 200 and page.startswith(f"# {schema.display_name}")
 
 
 def test_help_pages_name_every_input(object_info):
-    for node_id in ("VideoSparseAttentionPatch",):
+    for node_id in ("VideoSparseAttentionPatch", "SlidingTileAttentionPatch", "STAStrategySearch", "SaveSTAStrategy"):
         page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
-        for name in object_info[node_id]["input"]["required"]:
-            assert name == "model" or f"`{name}`" in page, name
+        inputs = object_info[node_id]["input"]
+        for name in {**inputs["required"], **inputs.get("optional", {})}:
+            assert name in ("model", "strategy") or f"`{name}`" in page, name
 
 
 def test_every_workflow_is_in_the_template_browser_with_a_thumbnail(server):
@@ -61,11 +68,12 @@ def test_every_workflow_is_in_the_template_browser_with_a_thumbnail(server):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_every_workflow_runs_on_a_tiny_checkpoint_and_attends_sparsely(server, object_info, path):
     from workflow_prompt import shrink, to_prompt
-    prompt = shrink(to_prompt(json.loads(path.read_text()), object_info), f"{CHECKPOINTS[path.stem]}.safetensors",
-                    steps=5)
+    checkpoint, clip = next(tiny for name, tiny in TINY.items() if path.stem.startswith(name))
+    prompt = shrink(to_prompt(json.loads(path.read_text()), object_info), f"{checkpoint}.safetensors", steps=5, **clip)
     entry = server.run(prompt)
     report = next(node for node in entry["outputs"].values() if "sparse_attention" in node)
     assert all(run["sparse_calls"] > 0 for run in report["sparse_attention"])
+    assert report["sparse_attention"][0]["method"] == path.stem.replace("_3step", "").split("_")[-1].upper()
     assert report["images"]
 
 

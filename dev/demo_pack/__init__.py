@@ -1,5 +1,5 @@
-"""One node for the demo and the tests: random text conditioning. ComfyUI has no node that makes conditioning
-without a text encoder, and no text encoder is small enough to ship."""
+"""Nodes for the demo and the tests: random text conditioning and an empty audio latent. ComfyUI has no node that
+makes these without a text encoder or an audio VAE, and none of those is small enough to ship."""
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -21,9 +21,22 @@ class DemoConditioning(io.ComfyNode):
                                {"pooled_output": torch.randn(1, 768, generator=gen)}]])
 
 
+class DemoAudioLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DemoAudioLatent", display_name="Demo Audio Latent", category="demo",
+            description="An empty audio latent for LTX-2.",
+            inputs=[io.Int.Input("frames", default=17, min=1)], outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, frames):
+        return io.NodeOutput({"samples": torch.zeros(1, 8, frames, 16), "type": "audio"})
+
+
 class DemoExtension(ComfyExtension):
     async def get_node_list(self):
-        return [DemoConditioning]
+        return [DemoConditioning, DemoAudioLatent]
 
 
 async def comfy_entrypoint():

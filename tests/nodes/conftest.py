@@ -4,13 +4,18 @@ import pytest
 
 @pytest.fixture(scope="session")
 def load_tiny(tiny):
-    """load_tiny("tiny_wan_t2v") -> ModelPatcher; the same object for the same name."""
+    """load_tiny("tiny_wan_t2v") -> ModelPatcher; the same object for the same name. bare_...: see dev/bare_models."""
+    from bare_models import make_bare
+    from make_tiny import Unavailable
     from sampling import load
     loaded = {}
 
     def model(name):
         if name not in loaded:
-            loaded[name] = load(tiny(name))
+            try:
+                loaded[name] = make_bare(name) if name.startswith("bare_") else load(tiny(name))
+            except Unavailable as error:
+                pytest.skip(str(error))
         return loaded[name]
     return model
 
@@ -32,6 +37,32 @@ def vsa(comfyui):
 
 
 @pytest.fixture
+def sta(comfyui):
+    """sta(model, window, ...) -> the clone that the node returns; tiny clips are not too small for it."""
+    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
+
+    def patch(model, window="1x1x1", **widgets):
+        widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
+        return SlidingTileAttentionPatch.execute(model, window, **widgets)[0]
+    return patch
+
+
+# The fixture that patches a model with the method: settings that keep every pair, settings that drop most.
+METHODS = {
+    "vsa": ({"sparsity": 0.0}, {"sparsity": 0.9}),
+    "sta": ({"window": "1.0x1.0x1.0"}, {"window": "1x1x1"}),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """(patch a model so that every pair is kept, patch it so that most are dropped), both with further widgets."""
+    patch, (full, sparse) = request.getfixturevalue(request.param), METHODS[request.param]
+    return (lambda model, **widgets: patch(model, **full, **widgets),
+            lambda model, **widgets: patch(model, **sparse, **widgets))
+
+
+@pytest.fixture
 def run_of(comfyui):
     """run_of(patched model) -> what its last sampling did."""
     from pack.nodes.hook import SparseAttentionHook
@@ -50,3 +81,21 @@ def kernel_table(comfyui, monkeypatch):
     """kernel_table(spec, ...) puts another table of kernels in place for one test."""
     from pack import kernels
     return lambda *specs: monkeypatch.setattr(kernels, "KERNELS", specs)
+
+
+@pytest.fixture(scope="session")
+def gate_file(tiny):
+    """A file with the weights of tiny_wan_t2v and VSA gates."""
+    return tiny("tiny_wan_vsa")
+
+
+@pytest.fixture
+def with_gates(comfyui):
+    """with_gates(model, path) -> a clone with the gates of that file."""
+    from pack.nodes.gate_files import with_gates
+    return with_gates
+
+
+@pytest.fixture
+def gated(wan, gate_file, with_gates):
+    return with_gates(wan, gate_file)

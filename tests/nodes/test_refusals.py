@@ -150,7 +150,8 @@ class Attention:
 
     def __init__(self, patched, net):
         from pack.nodes.families import ModelCall
-        from pack.nodes.hook import SparseAttentionHook, Step
+        from pack.nodes.hook import SparseAttentionHook
+        from pack.nodes.method import Step
         from pack.nodes.run import Run
         self.hook = SparseAttentionHook.of(patched)[0]
         self.run = Run("VSA")
