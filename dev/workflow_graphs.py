@@ -5,7 +5,8 @@ id: (node type, title or None, (x, y), (width, height), inputs); an input that i
 PROMPT = "a red fox trots through fresh snow at sunrise, steam from its breath, tracking shot"
 NEGATIVE = ("bright tones, overexposed, static, blurred details, subtitles, worst quality, low quality, "
             "deformed, still picture")
-SHARED = {"backend": "auto", "start_percent": 0.2, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288,
+# By name, because auto passes over kernels that no GPU result proves yet (docs/decisions/0005).
+SHARED = {"backend": "triton", "start_percent": 0.2, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288,
           "strict": False, "verbose": False}
 VSA_NOTE = (
     "**Video Sparse Attention** lets every 3-D tile of the clip attend only to the tiles that matter to it.\n\n"
@@ -124,7 +125,7 @@ FASTWAN_VSA_3STEP = {
     3: ("VAELoader", None, (40, 380), (360, 60), {"vae_name": "wan_2.1_vae.safetensors"}),
     4: ("ModelSamplingSD3", None, (450, 60), (320, 60), {"model": [1, 0], "shift": 8.0}),
     5: ("VideoSparseAttentionPatch", None, (450, 170), (320, 440),
-        {"model": [4, 0], "sparsity": 0.8, "tile_size": "auto", "backend": "auto", "start_percent": 0.0,
+        {"model": [4, 0], "sparsity": 0.8, "tile_size": "auto", "backend": "triton", "start_percent": 0.0,
          "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288, "strict": False, "verbose": False}),
     6: ("CLIPTextEncode", "Prompt", (820, 60), (360, 150),
         {"clip": [2, 0],

@@ -61,6 +61,6 @@ def shrink(prompt, checkpoint, width=96, height=80, frames=17, steps=2, min_toke
         if "steps" in inputs:
             inputs["steps"] = steps
         if "min_tokens" in inputs:
-            inputs["min_tokens"] = min_tokens
+            inputs.update(min_tokens=min_tokens, backend="auto")
         small[node_id] = {"class_type": kind, "inputs": inputs}
     return small

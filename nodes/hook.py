@@ -275,8 +275,8 @@ class SparseAttentionHook:
             plan = run.plans[key]
             record = run.records.get((grid, kernel)) or GridRecord(grid, self.method.facts(plan), kernel)
             sampled = run.sampled_step != step.number
-            watched = record if sampled or self.settings.verbose else None
-            out = self.method.attend(plan, q, k, v, replace(call, record=watched))
+            out = self.method.attend(plan, q, k, v, replace(call, record=record,
+                                                            sampled=sampled or self.settings.verbose))
         if sampled:
             run.sampled_step = step.number
             run.watch_finite(q, k, v)

@@ -28,7 +28,7 @@ class Method(Protocol):
         """Plain numbers for the report: tile, tiles, kept, work."""
 
     def attend(self, plan: Any, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record` when there is one."""
+        """Sparse attention in sequence order, [B, S, H, D]; puts its density into `call.record`."""
 
     def remarks(self, run: Run) -> list[str]:
         """Sentences for the report of a finished run."""
@@ -66,4 +66,6 @@ class LayerCall:
     options: dict[str, Any]
     """The call's transformer_options."""
     record: GridRecord | None
-    """Where to put the density of this call, when it is sampled."""
+    """Where to put the density of this call."""
+    sampled: bool = False
+    """Whether this call is one of the few for which the density may cost device time, and to draw the map from."""

@@ -40,6 +40,8 @@ class Plan:
 
     metadata: SlidingTileAttentionMetadata
     params: dict[int, list] = field(default_factory=dict)
+    densities: dict[tuple[Thw, ...], Tensor] = field(default_factory=dict)
+    """Share of query-key pairs computed, per distinct windows of a layer's heads."""
     layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN))
 
     @property
@@ -79,8 +81,10 @@ class SlidingTileMethod:
         windows = md.windows(heads)
         if self.strategy is not None and all(is_full(window, plan.tiles) for window in windows):
             raise StaysDense("the strategy's windows cover the clip")
-        if call.record is not None:
-            call.record.densities.append(torch.tensor(md.density(heads)))
+        if windows not in plan.densities:
+            plan.densities[windows] = torch.tensor(md.density(heads))
+        call.record.densities.append(plan.densities[windows])
+        if call.sampled:
             call.record.tile_map = window_map(windows, plan.tiles)
         with set_forward_context(md):
             return plan.layers.of(q, call.kernel)(q, k, v)

@@ -140,6 +140,35 @@ def test_the_graph_runs_again_after_a_failed_one_and_gives_the_same_latent(serve
     assert latent()[-4096:] == first[-4096:]
 
 
+def test_a_strategy_is_searched_saved_listed_loaded_and_run_in_the_server(server, api_graph):
+    graph = {node: api_graph[node] for node in ("1", "3", "4", "5")}
+    graph["5"]["inputs"].update(width=192, height=160, length=33)
+    sampling = {"positive": ["3", 0], "negative": ["4", 0], "latent_image": ["5", 0], "seed": 1, "cfg": 1.0,
+                "sampler_name": "euler", "scheduler": "simple"}
+    graph["search"] = {"class_type": "STAStrategySearch", "inputs": {
+        "model": ["1", 0], **sampling, "steps": 2, "measured_steps": 1, "goal": "density of the whole",
+        "max_error": 0.1, "max_density": 0.5, "candidates": "auto", "tile_size": "4x4x4", "backend": "auto"}}
+    graph["save"] = {"class_type": "SaveSTAStrategy", "inputs": {
+        "strategy": ["search", 0], "filename_prefix": "searched", "grid_tiles": ""}}
+    outputs = server.run(graph)["outputs"]
+    assert "density" in outputs["search"]["text"][0] and outputs["search"]["images"]
+    name = outputs["save"]["text"][0].split()[1].rstrip(":")
+    listed = server.get("/object_info/LoadSTAStrategy")[1]["LoadSTAStrategy"]["input"]["required"]["strategy_name"]
+    assert name in json.dumps(listed)
+    graph = {node: graph[node] for node in ("1", "3", "4", "5")}
+    graph["load"] = {"class_type": "LoadSTAStrategy", "inputs": {"strategy_name": name, "grid_tiles": ""}}
+    graph["sta"] = {"class_type": "SlidingTileAttentionPatch", "inputs": {
+        "model": ["1", 0], "strategy": ["load", 0], "window": "1x1x1", "tile_size": "4x4x4", "backend": "auto",
+        "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, "strict": True,
+        "verbose": False}}
+    graph["sample"] = {"class_type": "KSampler", "inputs": {
+        "model": ["sta", 0], **sampling, "steps": 2, "denoise": 1.0}}
+    graph["report"] = {"class_type": "SparseAttentionReport", "inputs": {
+        "latent": ["sample", 0], "model": ["sta", 0]}}
+    run = server.run(graph)["outputs"]["report"]["sparse_attention"][0]
+    assert run["method"] == "STA" and run["sparse_calls"] > 0 and run["density"] <= 0.5
+
+
 def test_the_manifest_is_complete_for_registry_and_manager():
     import tomllib
     manifest = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -72,7 +72,7 @@ def test_means_in_parts_are_those_made_at_once(monkeypatch):
     rows, tokens = rows_of_tiles((60, 64, 20, 64, 3), 1, generator)
     x = torch.randn(2, tokens, 3, 16, generator=generator)
     wanted = reference_tiles.tile_means([x, x * 2], rows, 5, 1)
-    monkeypatch.setattr(reference_tiles, "_MEANS_CHUNK_BYTES", 2 * x[:, :64].nbytes)
+    monkeypatch.setattr(reference_tiles, "_MEANS_CHUNK_BYTES", {"cpu": 2 * x[:, :64].nbytes})
     assert torch.equal(reference_tiles.tile_means([x, x * 2], rows, 5, 1), wanted)
 
 

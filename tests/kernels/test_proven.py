@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.kernels import KERNELS, Call, NoKernel, choose_kernel, explain_kernels, proven
+from pack.kernels import KERNELS, Call, NoKernel, choose_kernel, explain_kernels, proven, tile_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

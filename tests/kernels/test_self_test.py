@@ -166,7 +166,8 @@ def test_a_kernel_that_gathers_is_tested_on_gathered_tokens_too(dtype):
         return reference.run(*args, gate=None if gate is None else gate * 0, **named)
 
     call = Call("cpu", None, dtype, 64)
-    right = KernelSpec("right", lambda: reference.run, ("cpu",), ("cpu",), (dtype,), source=Path(__file__), gathers=True)
+    right = KernelSpec("right", lambda: reference.run, ("cpu",), ("cpu",), (dtype,), source=Path(__file__),
+                       gathers=True)
     wrong = KernelSpec("wrong", lambda: forgets_the_gate, ("cpu",), ("cpu",), (dtype,), source=Path(__file__),
                        gathers=True)
     assert self_test.ready(right, call, CPU, reference.run) is reference.run

@@ -5,17 +5,6 @@ import torch
 VARIANTS = ("tiny_wan_t2v", "tiny_wan22_ti2v", "tiny_wan_i2v", "tiny_wan_vace", "tiny_wan_ref")
 
 
-@pytest.fixture
-def sta(comfyui):
-    """sta(model, window, ...) -> the clone that the node returns; tiny clips are not too small for it."""
-    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
-
-    def patch(model, window="1x1x1", **widgets):
-        widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
-        return SlidingTileAttentionPatch.execute(model, window, **widgets)[0]
-    return patch
-
-
 def strategy_of(table, tiles=(3, 2, 3), **facts):
     from pack.vsa_core.strategy import Strategy
     return Strategy.of_windows(table, tiles, **facts)

@@ -176,3 +176,17 @@ def test_a_sequence_of_other_tokens_only_beside_one_tile_is_dense_attention():
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-6)
     assert len(other_tokens((2, 2, 2), 64, 9)) + math.prod((2, 2, 2)) == md.total_seq_length
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "no gate"])
+def test_the_fused_route_compiles_into_one_graph(gated):
+    md = metadata((5, 5, 6), suffix=2)
+    q, k, v, gate = inputs(md)
+    impl = VideoSparseAttentionImpl(3, 16)
+
+    def attend(q, k, v, gate):
+        return impl.attend(q, k, v, md, gate if gated else None) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v, gate), attend(q, k, v, gate))

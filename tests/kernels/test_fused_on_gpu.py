@@ -1,0 +1,83 @@
+"""The fused passes on a real GPU: gathered attention, tile means, selection, and all of them in a row."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pack.kernels import (
+    KERNELS,
+    Call,
+    block_sparse_attention,
+    explain_kernels,
+    reference_tiles,
+    select_tiles,
+    tile_means,
+)
+from pack.kernels.tile_ops import MEANS_KERNELS, SELECT_KERNELS, choose
+from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
+from test_fused_attention import CASES, GATES, HALVES, operands, oracle, worst_error
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def need(call):
+    for table in (MEANS_KERNELS, SELECT_KERNELS):
+        if choose(table, call, "triton") is table[-1]:
+            pytest.skip("no Triton here")
+
+
+@pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.source is not None], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_gathered_attention_agrees_with_the_oracle_in_every_query_block(spec, case, dtype):
+    named = operands(case, dtype)
+    if reason := explain_kernels(Call("cuda", torch.cuda.get_device_capability(), dtype, case.dim))[spec.name]:
+        pytest.skip(f"{spec.name}: {reason}")
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in named.items()}
+    out, lse = (x.cpu() for x in block_sparse_attention(**moved, backend=spec.name))
+    expected, expected_lse = oracle(**named)
+    assert worst_error(out, expected, named["token_rows"]) <= GATES[dtype]
+    assert (lse.double() - expected_lse).nan_to_num(nan=torch.inf).abs().max().item() <= 1e-3
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("keys, k", [(1, 1), (77, 77), (546, 55), (1440, 144), (2160, 1), (4096, 410)])
+def test_exact_scores_give_exactly_the_lists_of_torch(keys, k, dim):
+    need(Call("cuda", torch.cuda.get_device_capability(), torch.float32, dim))
+    generator = torch.Generator().manual_seed(keys)
+    queries, means = (torch.randint(-3, 4, (1, 3, n, dim), generator=generator).float() for n in (200, keys))
+    wanted = reference_tiles.select_tiles(queries, means, k, 0.125, 1, 2)
+    assert torch.equal(select_tiles(queries.cuda(), means.cuda(), k, 0.125, 1, 2, backend="triton").cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("thw, tile, others", [((21, 30, 52), (4, 4, 4), {}), ((9, 21, 33), (3, 5, 4), dict(suffix=77)),
+                                               ((9, 40, 50), (4, 8, 8), dict(prefix=5))], ids=str)
+def test_means_and_the_whole_op_are_those_of_torch_and_bit_equal_every_time(thw, tile, others, dtype):
+    need(Call("cuda", torch.cuda.get_device_capability(), dtype, 128))
+    md = VideoSparseAttentionMetadataBuilder().build(0, raw_latent_shape=thw, patch_size=(1, 1, 1), VSA_sparsity=0.8,
+                                                     device="cuda", tile_size=tile, **others)
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v, gate = (torch.randn(2, md.total_seq_length, 3, 128, generator=generator, device="cuda").to(dtype)
+                     for _ in range(4))
+    tiles, per_tile = md.variable_block_sizes.shape[0], md.blocks_per_tile
+    for got, wanted in zip(*(tile_means((q, k, v), md.token_rows, tiles, per_tile, name)
+                             for name in ("triton", "reference"))):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    seen = []
+    impl = VideoSparseAttentionImpl(3, 128, backend="triton", on_selection=lambda tiles, md: seen.append(tiles))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = impl.attend(q, k, v, md, gate)
+    assert torch.cuda.max_memory_allocated() - before < 2 * q.nbytes + seen[0].nbytes
+    for _ in range(20):
+        assert torch.equal(impl.attend(q, k, v, md, gate), out)
+    reference = VideoSparseAttentionImpl(3, 128, backend="reference", on_selection=lambda tiles, md: seen.append(tiles))
+    wanted = reference.attend(q.float(), k.float(), v.float(), md, gate.float())
+    same = (seen[0] == seen[-1]).all(-1)                               # near-ties may fall either way
+    assert same.float().mean() > 0.99
+    rows = md.token_rows[:md.num_video_slots].view(tiles, -1)
+    for tile in range(0, tiles, 7):
+        its = rows[tile][rows[tile] >= 0].long()
+        error = (out[:, its] - wanted[:, its]).norm(dim=(1, 3)) / wanted[:, its].norm(dim=(1, 3))
+        assert float(torch.where(same[:, :, tile], error, 0).max()) <= GATES[dtype]
