@@ -89,6 +89,9 @@ class Witness:
             self.running = i
         return hook
 
+    def remarks(self, run):
+        return self.method.remarks(run)
+
     def attend(self, plan, q, k, v, call):
         self.seen.append((call.layer, self.running))
         return self.method.attend(plan, q, k, v, call)
