@@ -50,6 +50,7 @@ gpu: ## on an NVIDIA GPU: every kernel against the oracle, 1000 equal runs, comp
 bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into benchmarks/results (under 9 minutes)
 	$(GPU_PYTHON) dev/self_test.py
 	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
+	$(GPU_PYTHON) benchmarks/stages.py --shapes "H12 32760" "H40 75600" --sparsities 0.9
 
 clean: ## remove everything that was made, .cache first of all
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

@@ -111,25 +111,23 @@ def measure(problem, dense, comparable, prepare, repeats) -> dict:
 
 
 def whole_op(shape, sparsity, device, repeats) -> dict:
-    """Milliseconds of tiling, attention with its selection, and untiling, and of all three in a row."""
+    """Milliseconds of the attention call that the node makes, with the automatic tile: means, scores, top-k, lists,
+    attention, everything, from sequence order to sequence order. Its stages: benchmarks/stages.py."""
     try:
         from pack.vsa_core.backends.video_sparse_attn import (
             VideoSparseAttentionImpl,
             VideoSparseAttentionMetadataBuilder,
         )
+        from pack.vsa_core.tiling import auto_tile_size
         tokens = shape.grid[0] * shape.grid[1] * shape.grid[2]
-        qkv = torch.randn(3, tokens, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
-        impl = VideoSparseAttentionImpl(shape.heads, shape.dim, backend=best_kernel(qkv))
-        plan = VideoSparseAttentionMetadataBuilder().build(0, shape.grid, (1, 1, 1), sparsity, device)
-        tiled = impl.preprocess_qkv(qkv, plan)
-        attended = impl.forward(*tiled.chunk(3), None, plan)
-
-        def everything():
-            return impl.postprocess_output(impl.forward(*impl.preprocess_qkv(qkv, plan).chunk(3), None, plan), plan)
-
-        stages = {"tile": lambda: impl.preprocess_qkv(qkv, plan), "untile": lambda: impl.postprocess_output(
-            attended, plan), "select and attend": lambda: impl.forward(*tiled.chunk(3), None, plan), "all": everything}
-        return {name: statistics.median(milliseconds(run, repeats, device)) for name, run in stages.items()}
+        q, k, v = torch.randn(3, 1, tokens, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
+        kernel, tile = best_kernel(q), auto_tile_size(shape.grid)
+        impl = VideoSparseAttentionImpl(shape.heads, shape.dim, backend=kernel)
+        plan = VideoSparseAttentionMetadataBuilder().build(
+            0, shape.grid, (1, 1, 1), sparsity, device, tile_size=tile, cache_tile_buf=False)
+        times = milliseconds(lambda: impl.attend(q, k, v, plan), repeats, device)
+        return {"kernel": kernel, "tile": list(tile), "all": statistics.median(times),
+                "spread": [min(times), max(times)]}
     except Exception as error:
         return {"reason": (str(error).splitlines() or [type(error).__name__])[0][:300]}
 
@@ -191,8 +189,7 @@ def table(report) -> str:
                      f"{row['tflops']:.1f} | {ratio} | {error} |")
     lines += ["", "| shape | sparsity | whole op, ms |", "|---|---|---|"]
     for row in report["whole_op"]:
-        stages = row.get("reason") or ", ".join(f"{name} {row[name]:.3f}" for name in
-                                                ("tile", "select and attend", "untile", "all"))
+        stages = row.get("reason") or f"{row['kernel']}, tile {'x'.join(map(str, row['tile']))}: {row['all']:.3f}"
         lines.append(f"| {row['shape']} | {row['sparsity']} | {stages} |")
     return "\n".join(lines) + "\n"
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from .spec import BLOCK, KernelSpec
 
-_MEANS_CHUNK_BYTES = 8 << 20
-"""Bound on the gathered tokens held at once, in their own dtype."""
+_MEANS_CHUNK_BYTES = {"cpu": 8 << 20}
+"""Bound on the gathered tokens held at once, in their own dtype: what a CPU's caches hold."""
+_MEANS_CHUNK_BYTES_ELSEWHERE = 64 << 20
 _CHUNK_BYTES = 256 << 20
 """Bound on the tile-by-tile scores of the heads worked on at once, and what is made of them."""
 
@@ -21,7 +22,8 @@ def tile_means(parts: list[Tensor], token_rows: Tensor, tiles: int, blocks_per_t
     rows = token_rows[:tiles * slots].view(tiles, slots)
     tokens = (rows >= 0).sum(1).clamp(min=1).to(dtype)
     means = first.new_empty((len(parts), batch, heads, tiles, dim), dtype=dtype)
-    step = max(1, _MEANS_CHUNK_BYTES // max(1, batch * slots * heads * dim * first.element_size()))
+    bound = _MEANS_CHUNK_BYTES.get(first.device.type, _MEANS_CHUNK_BYTES_ELSEWHERE)
+    step = max(1, bound // max(1, batch * slots * heads * dim * first.element_size()))
     for start in range(0, tiles, step):
         picked = rows[start:start + step]
         padding = (picked < 0)[:, :, None, None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,6 +76,8 @@ class TileLayout:
     """int64 [total_seq_length], slot of every token in sequence order: one gather removes padding and order."""
     kernel_block_sizes: Tensor
     """int32 [S/64], tokens in every block of 64 slots that queries may see."""
+    token_rows: Tensor
+    """int32 [S], sequence index of the token in every slot, -1 for padding: what a kernel that gathers reads."""
     cache_tile_buf: bool = field(default=True, kw_only=True)
     """Whether tile() reuses one buffer. Off where several results of tile() must live at once."""
     tile_buf: Tensor | None = field(default=None, kw_only=True)
@@ -101,13 +102,6 @@ class TileLayout:
     def num_other_blocks(self) -> int:
         """Blocks behind the last tile, which hold the tokens that are not video."""
         return (self.padded_seq_length - self.num_video_slots) // BLOCK
-
-    @cached_property
-    def token_rows(self) -> Tensor:
-        """int32 [S], sequence index of the token in every slot, -1 for padding: what a kernel that gathers reads."""
-        rows = torch.full((self.padded_seq_length,), -1, dtype=torch.int32, device=self.kernel_block_sizes.device)
-        rows[self.non_pad_index] = self.tile_partition_indices.to(torch.int32)
-        return rows
 
     @classmethod
     def of_grid(cls, grid: TokenGrid, tile_size: Thw, device: torch.device, **fields):
@@ -138,11 +132,13 @@ class TileLayout:
             extra = [max(0, min(BLOCK, seen - first)) for first in range(0, others, BLOCK)]
             block_sizes = torch.cat([block_sizes, torch.tensor(extra, dtype=torch.int32, device=device)])
         reverse = torch.argsort(partition)
+        rows = torch.full((block_sizes.shape[0] * BLOCK,), -1, dtype=torch.int32, device=device)
+        rows[non_pad] = partition.to(torch.int32)
         return cls(
             dit_seq_shape=list(grid.thw), num_tiles=list(tiles), total_seq_length=grid.num_tokens,
             tile_partition_indices=partition, reverse_tile_partition_indices=reverse, variable_block_sizes=sizes,
             non_pad_index=non_pad, tile_size=tuple(tile_size), grid=grid, untile_combined_index=non_pad[reverse],
-            kernel_block_sizes=block_sizes, **fields)
+            kernel_block_sizes=block_sizes, token_rows=rows, **fields)
 
 
 def to_slots(parts: tuple[Tensor, ...], layout: TileLayout) -> Tensor:
