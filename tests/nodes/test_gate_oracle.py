@@ -134,8 +134,8 @@ def test_keeping_every_tile_gives_dense_attention_plus_the_gated_coarse_term(com
     from pack.nodes.video_sparse_attention import VideoSparseMethod
     from pack.vsa_core.grid import TokenGrid
     q, k, v = torch.randn(3, 1, math.prod(GRID), HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(9))
-    call = SimpleNamespace(record=None, sampled=False, kernel="reference", layer=0, step=SimpleNamespace(run=Run("VSA")),
-                           options={FED: (torch.zeros_like, q.flatten(2))})
+    call = SimpleNamespace(record=None, sampled=False, kernel="reference", layer=0,
+                           step=SimpleNamespace(run=Run("VSA")), options={FED: (torch.zeros_like, q.flatten(2))})
     method = VideoSparseMethod(0.0, TILE)
     found = method.attend(method.plan(TokenGrid(GRID), torch.device("cpu")), q, k, v, call)
     assert ((found - dense_attention_oracle(q, k, v)).norm() / found.norm()).item() <= 1e-5
