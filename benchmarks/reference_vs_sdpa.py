@@ -2,8 +2,8 @@
 
     python benchmarks/reference_vs_sdpa.py [--tokens 16x32x32] [--heads 2] [--dim 128] [--sparsity 0.9] [--repeats 7]
 
-Times the whole method: tiling q, k and v, scores, selection, attention, untiling. Checks the result first: at
-sparsity 0 it must equal dense attention, or nothing is timed.
+Times the call that the node makes: tile means, scores, selection and attention, in the order of the sequence. Checks
+the result first: at sparsity 0 it must equal dense attention, or nothing is timed.
 """
 import argparse
 import importlib.util
@@ -88,7 +88,7 @@ def main():
         return VideoSparseAttentionMetadataBuilder().build(0, grid, (1, 1, 1), sparsity, torch.device("cpu"))
 
     def sparse(md):
-        return impl.postprocess_output(impl.forward(*impl.tile_parts((q, k, v), md).chunk(3), None, md), md)
+        return impl.attend(q, k, v, md)
 
     def dense():
         return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))

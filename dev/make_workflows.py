@@ -1,4 +1,4 @@
-"""Write the example workflows (UI format) from the short graph descriptions below.
+"""Write the example workflows (UI format) from the short descriptions in workflow_graphs.py.
 
     python dev/make_workflows.py
 
@@ -14,8 +14,6 @@ import comfy_boot
 from workflow_graphs import GRAPHS
 
 ROOT = Path(__file__).resolve().parent.parent
-
-WORKFLOWS = GRAPHS
 
 
 def definition(node_type):
@@ -91,7 +89,7 @@ def main():
     import nodes
     asyncio.run(nodes.init_builtin_extra_nodes())
     asyncio.run(nodes.load_custom_node(str(ROOT)))
-    for name, graph in WORKFLOWS.items():
+    for name, graph in GRAPHS.items():
         path = ROOT / "workflows" / f"{name}.json"
         path.write_text(json.dumps(build(graph), indent=1) + "\n")
         print(path.relative_to(ROOT))
