@@ -14,7 +14,7 @@ FOUND := .cache/comfyui.found
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick bench aot gpu bench-gpu clean FORCE
+.PHONY: help setup demo test test-quick bench aot gpu bench-gpu tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -51,6 +51,9 @@ bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into bench
 	$(GPU_PYTHON) dev/self_test.py
 	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
 	$(GPU_PYTHON) benchmarks/stages.py --shapes "H12 32760" "H40 75600" --sparsities 0.9
+
+tune: ## on an NVIDIA GPU: times launch options of the Triton kernel for its table (under 5 minutes)
+	$(GPU_PYTHON) benchmarks/tune.py --seconds 240
 
 clean: ## remove everything that was made, .cache first of all
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

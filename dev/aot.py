@@ -1,10 +1,13 @@
 """Compile the Triton kernels for every card in their table, without a GPU, and check what comes out.
 
-    python dev/aot.py [--arch sm_89 ...] [--json FILE] [--jobs N]
+    python dev/aot.py [--arch sm_89 ...] [--candidates] [--sizes 64 ...] [--json FILE] [--jobs N]
 
 One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 when a row spills registers, wants more
 shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
 one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
+
+--candidates: instead, every launch that `make tune` would measure, for the attention kernel as it holds most. The last
+column marks the table's entry, what spills and what the card has no room for; neither fails.
 """
 import argparse
 import json
@@ -25,6 +28,7 @@ POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "T
             "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
             **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
 """What a pointer points to; None: the dtype of the row."""
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
            "HMMA", "HGMMA")
@@ -70,8 +74,16 @@ def entries(card):
     yield from ((card, "select_rows", length, "fp32", "") for length in ROWS)
 
 
-def kernel_of(capability, kernel, size, dtype, variant):
-    """(function, constants, launch options) of one entry, as the pack launches it."""
+def candidates(card):
+    """What `--candidates` compiles for a card: an entry, and in its last place the launch options to try."""
+    from pack.kernels.triton.configs import CANDIDATES
+    for dim in (64, 128):
+        yield from ((card, "block_sparse_forward", dim, "bf16", ATTENTION["bf16"][-1], config._asdict())
+                    for config in CANDIDATES)
+
+
+def kernel_of(capability, kernel, size, dtype, variant, options=None):
+    """(function, constants, launch options) of one entry, as the pack launches it. options: the attention's instead."""
     import torch
 
     from pack.kernels.triton import block_sparse, select_tiles, tile_means
@@ -90,11 +102,11 @@ def kernel_of(capability, kernel, size, dtype, variant):
     constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "INTERPRET": False}
     absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine}
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
-    config = config_for(capability, size, getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype]))
-    return block_sparse.block_sparse_forward, constants, config._asdict()
+    options = options or config_for(capability, size, getattr(torch, DTYPES[dtype]))._asdict()
+    return block_sparse.block_sparse_forward, constants, options
 
 
-def compile_row(capability, kernel_name, size, dtype, variant):
+def compile_row(capability, kernel_name, size, dtype, variant, options=None):
     """Compile one entry; returns the row of the report as a dict keyed by COLUMNS."""
     if "pack" not in sys.modules:
         load_pack()
@@ -102,7 +114,7 @@ def compile_row(capability, kernel_name, size, dtype, variant):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, constants, options = kernel_of(capability, kernel_name, size, dtype, variant)
+    kernel, constants, options = kernel_of(capability, kernel_name, size, dtype, variant, options)
     signature, hints = {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.name in constants:
@@ -160,8 +172,19 @@ def faults(row):
         yield f"{where}: no tensor-core instructions"
 
 
+def note(entry, row):
+    """What there is to say about a candidate: whether the table has it, and why it cannot be launched or is slow."""
+    import torch
+
+    from pack.kernels.triton.configs import config_for
+    capability, _, dim, dtype, _, options = entry
+    marks = {"in the table": options == config_for(capability, dim, getattr(torch, DTYPES[dtype]))._asdict(),
+             "spills": row["spill B"], "does not fit": row["shared KB"] > CARDS[capability].shared_kb}
+    return ", ".join(mark for mark, holds in marks.items() if holds)
+
+
 def print_table(rows):
-    cells = [COLUMNS, *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    cells = [tuple(rows[0]), *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
@@ -170,11 +193,19 @@ def print_table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=[name(card) for card in CARDS], help="default: all of them")
+    parser.add_argument("--candidates", action="store_true", help="compile what `make tune` would measure instead")
+    parser.add_argument("--sizes", nargs="+", type=int, help="head dims and row lengths to compile, default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
 
-    wanted = [entry for card in CARDS if not options.arch or name(card) in options.arch for entry in entries(card)]
+    if options.candidates:
+        load_pack()
+    of_card = candidates if options.candidates else entries
+    wanted = [entry for card in CARDS if not options.arch or name(card) in options.arch for entry in of_card(card)
+              if not options.sizes or entry[2] in options.sizes]
+    if not wanted:
+        parser.error(f"--sizes {options.sizes}: no kernel has any of them")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -183,10 +214,12 @@ def main():
                 print(f"\rcompiled {done} of {len(wanted)}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         rows = [future.result() for future in pending]
+    if options.candidates:
+        rows = [row | {"note": note(entry, row)} for entry, row in zip(wanted, rows, strict=True)]
     print_table(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    problems = [fault for row in rows for fault in faults(row)]
+    problems = [] if options.candidates else [fault for row in rows for fault in faults(row)]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -5,16 +5,18 @@ list came about, and what the tokens are, is not this package's business.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from . import cuda_sm90, gathered, reference, self_test, triton
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
+from .tile_grid import TileGrid
 from .tile_ops import select_tiles, tile_means
 
 __all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "KernelUnusable", "NoKernel",
-           "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
+           "TileGrid", "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
 
 AUTO = "auto"
 KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
@@ -61,7 +63,7 @@ def block_sparse_attention(
     indices: torch.Tensor, counts: torch.Tensor, block_sizes: torch.Tensor,
     scale: float | None = None, backend: str = AUTO, return_lse: bool = False,
     token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
-    blocks_per_tile: int = 1,
+    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of every query block over its own list of key blocks.
 
@@ -79,20 +81,23 @@ def block_sparse_attention(
     Nq = Nkv = slots/64, and indices and counts may stop early: query blocks behind them attend to every block.
     gate: [B, S, H, D], strided like q, and coarse: float32 [B, H, N, D] (float64 for float64), only with token_rows:
     out is the attention plus gate * coarse[block // blocks_per_tile], unchanged where N*blocks_per_tile <= block.
+    tile_grid: the seven numbers of a `TileGrid` where token_rows and lists are what it promises, not checked; without
+    it a kernel that reads tiles as boxes is given copies.
 
     A GPU kernel is tested before its first use (`self_test.py`); "auto" passes over one that fails.
     Raises ValueError for operands that break this contract, NoKernel when no kernel can run them, KernelUnusable
     when the one that `backend` names cannot be loaded or fails its test.
     """
-    check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile)
+    check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = _block_sparse_attention(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
-                                       token_rows, gate, coarse, blocks_per_tile)
+                                       token_rows, gate, coarse, blocks_per_tile,
+                                       None if tile_grid is None else list(tile_grid))
     return (out, lse) if return_lse else out
 
 
 def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=None, coarse=None,
-                   blocks_per_tile=1) -> None:
+                   blocks_per_tile=1, tile_grid=None) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit the contract. Looks at no tensor's values."""
     def fail(found: str, wanted: str):
         raise ValueError(f"block_sparse_attention: found {found}, wanted {wanted}")
@@ -111,10 +116,10 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
              "k and v of one shape, with q's batch, heads and head_dim")
     if token_rows is not None:
         if invalid := gathered.why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
-                                           blocks_per_tile):
+                                           blocks_per_tile, tile_grid):
             fail(*invalid)
-    elif gate is not None or coarse is not None:
-        fail("gate or coarse without token_rows", "token_rows too")
+    elif gate is not None or coarse is not None or tile_grid is not None:
+        fail("gate, coarse or tile_grid without token_rows", "token_rows too")
     else:
         batch, slots, heads, _ = q.shape
         rows = (batch, heads, slots // BLOCK)
@@ -135,22 +140,23 @@ def _block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     block_sizes: torch.Tensor, scale: float, backend: str, return_lse: bool,
     token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
-    blocks_per_tile: int = 1,
+    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    run = _ready(Call.of(q), q.device, backend)
+    grid = None if tile_grid is None else TileGrid(*tile_grid)
+    run = _ready(Call.of(q), q.device, backend, grid)
     out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
-                   blocks_per_tile)
+                   blocks_per_tile, grid)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-def _ready(call: Call, device: torch.device, backend: str):
+def _ready(call: Call, device: torch.device, backend: str, grid: TileGrid | None):
     """Inside the op, where torch.compile does not look: the choice reads what happened earlier in this process."""
     failed = {}
     while True:
         spec = choose_kernel(call, backend, failed)
         try:
             run = self_test.ready(spec, call, device, reference.run)
-            return run if spec.gathers else partial(gathered.on_copies, run)
+            return run if spec.gathers(grid) else partial(gathered.on_copies, run)
         except KernelUnusable as error:
             if backend != AUTO:
                 raise
@@ -159,7 +165,7 @@ def _ready(call: Call, device: torch.device, backend: str):
 
 @_block_sparse_attention.register_fake
 def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
-      token_rows=None, gate=None, coarse=None, blocks_per_tile=1):
+      token_rows=None, gate=None, coarse=None, blocks_per_tile=1, tile_grid=None):
     batch, slots, heads, _ = q.shape
     lse = (batch, heads, slots) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 
 from .spec import BLOCK
+from .tile_grid import TileGrid
 
 _CHUNK_BYTES = 64 << 20
 """Bound on the coarse rows that `on_copies` holds at once."""
 
 
-def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile):
+def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid):
     """(found, wanted) for the first operand that does not fit the others, or None. Looks at no tensor's values."""
     if token_rows.ndim != 1 or token_rows.numel() % BLOCK or not token_rows.is_contiguous():
         return f"token_rows {list(token_rows.shape)}", f"[slots], contiguous, a multiple of {BLOCK}"
@@ -26,6 +27,13 @@ def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
         return f"counts {list(counts.shape)}", f"{list(indices.shape[:3])}"
     if tuple(block_sizes.shape) != (blocks,):
         return f"block_sizes {list(block_sizes.shape)}", f"[{blocks}]"
+    if tile_grid is not None:
+        if len(tile_grid) != len(TileGrid._fields):
+            return f"tile_grid {list(tile_grid)}", f"({', '.join(TileGrid._fields)})"
+        if invalid := TileGrid(*tile_grid).why_invalid(q.shape[1], blocks):
+            return invalid
+        if coarse is not None and TileGrid(*tile_grid).blocks_per_tile != blocks_per_tile:
+            return f"blocks_per_tile {blocks_per_tile}", f"tile_grid's {TileGrid(*tile_grid).blocks_per_tile}"
     if (gate is None) != (coarse is None):
         return f"{'coarse without gate' if gate is None else 'gate without coarse'}", "both or none"
     if gate is None:
@@ -48,7 +56,7 @@ def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
 
 
 def on_copies(run, q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-              blocks_per_tile=1):
+              blocks_per_tile=1, tile_grid=None):
     """`run` of a kernel that gathers, from that of one that does not. Without token_rows it is that kernel's own."""
     if token_rows is None:
         return run(q, k, v, indices, counts, block_sizes, scale, return_lse)

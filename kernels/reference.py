@@ -15,7 +15,7 @@ _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1):
+        blocks_per_tile=1, tile_grid=None):
     """Contract and shapes: `kernels.block_sparse_attention`. Accumulates in float32 (float64 for float64)."""
     batch, tokens, heads, dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -135,5 +135,5 @@ SPEC = KernelSpec(
     device_types=("cpu", "cuda", "rocm", "mps", "xpu"),
     auto_device_types=("cpu",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    gathers=True,
+    gathers=lambda grid: True,
 )

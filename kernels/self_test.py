@@ -6,12 +6,14 @@ lists side by side, cut and empty blocks, NaN in padding and wild indices behind
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 
 import torch
 
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable
+from .tile_grid import TileGrid
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ LSE_TOLERANCE = 2e-3
 _LISTS = ((0, 2, 5), (0, 2, 5), (0, 1, 3, 4, 5), (3,), (), (1, 2, 3, 4), (0, 1, 2, 3, 4, 5))
 _SIZES = (64, 17, 64, 0, 64, 33)
 _HEADS = 2
+_GRID = TileGrid(3, 5, 5, 6, 3, 5, 4)
+"""Tiles of 60 tokens, cut along two axes, and tokens before them; seven come behind."""
 
 _verdicts: dict[tuple, str | None] = {}
 """(kernel, call, device) -> None when it passed, else the reason it may not run."""
@@ -51,7 +55,7 @@ def ready(spec: KernelSpec, call: Call, device: torch.device, reference: Callabl
                 raise KernelUnusable("its self-test cannot run while a CUDA graph is recorded: run once before")
             if reason := spec.unproven():
                 log.warning("kernel %s was chosen by name and is %s", spec.name, reason)
-            difference = difference or (_difference_and_gathered if spec.gathers else _difference)
+            difference = difference or (_difference_and_gathered if spec.gathers(_GRID) else _difference)
             _verdicts[key] = _verdict(run, call, device, reference, difference)
             if _verdicts[key] is None:
                 log.info("kernel %s passed its self-test on %s for %s", spec.name, device, _words(call))
@@ -98,13 +102,14 @@ def _difference_and_gathered(run: Callable, call: Call, device: torch.device, re
     """`_difference`, and the same for tokens in the order of the sequence with a coarse branch."""
     if sentence := _difference(run, call, device, reference):
         return sentence
-    tensors, named = gathered_problem(call)
+    tensors, token_rows, gate, coarse = gathered_problem(call)
     scale = call.head_dim ** -0.5
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in named.items()}
-    wanted, _ = reference(*(x.double() for x in tensors[:3]), *tensors[3:], scale, False, **wide)
-    out, _ = run(*(x.to(device) for x in tensors), scale, False, **{name: x.to(device) for name, x in named.items()})
+    wanted, _ = reference(*(x.double() for x in tensors[:3]), *tensors[3:], scale, False, token_rows, gate.double(),
+                          coarse.double(), 1, _GRID)
+    out, _ = run(*(x.to(device) for x in tensors), scale, False, *(x.to(device) for x in (token_rows, gate, coarse)),
+                 1, _GRID)
     out, worst = out.double().cpu(), 0.0
-    for rows in named["token_rows"].view(-1, BLOCK):
+    for rows in token_rows.view(-1, BLOCK):
         rows = rows[rows >= 0].long()
         error = ((out - wanted)[:, rows].norm(dim=(1, 3)) / wanted[:, rows].norm(dim=(1, 3))).max().item()
         worst = max(worst, torch.inf if error != error else error)
@@ -115,14 +120,16 @@ def _difference_and_gathered(run: Callable, call: Call, device: torch.device, re
             f"{worst:.1e}, wanted at most {tolerance:.1e}")
 
 
-def gathered_problem(call: Call) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """q, k, v, indices, counts and block_sizes, and by name token_rows, gate and coarse: three tiles, then a dense
-    query block whose last token is hidden as a key."""
+def gathered_problem(call: Call) -> tuple:
+    """(q, k, v, indices, counts, block_sizes), token_rows, gate, coarse: the four tiles of _GRID, then a dense query
+    block whose last token is hidden as a key."""
     generator = torch.Generator().manual_seed(1234)
-    tokens_of, lists = (64, 17, 33, 10), ((0, 3), (0, 1, 2, 3), (1, 2))
-    order = torch.randperm(sum(tokens_of), generator=generator).int().tolist()
-    rows = [[order.pop() for _ in range(tokens)] for tokens in tokens_of]
-    shape = (1, sum(tokens_of), _HEADS, call.head_dim)
+    rows = _tile_rows(_GRID)
+    video = [row for tile in rows for row in tile]
+    tokens = _GRID.prefix + len(video) + 7
+    rows.append([row for row in range(tokens) if row not in video])
+    lists = ((0, 3), (0, 1, 2, 3, 4), (2,), ())
+    shape = (1, tokens, _HEADS, call.head_dim)
     q, k, v, gate = (torch.randn(shape, generator=generator).to(call.dtype) for _ in range(4))
     for x in (k, v):
         x[:, rows[-1][-1]] = torch.nan
@@ -130,12 +137,22 @@ def gathered_problem(call: Call) -> tuple[tuple[torch.Tensor, ...], dict[str, to
     for row, listed in enumerate(lists):
         indices[..., row, :len(listed)] = torch.tensor(listed, dtype=torch.int32)
     counts = torch.tensor([len(listed) for listed in lists], dtype=torch.int32).expand(1, _HEADS, -1).contiguous()
-    sizes = torch.tensor([*tokens_of[:-1], tokens_of[-1] - 1], dtype=torch.int32)
+    sizes = torch.tensor([*map(len, rows[:-1]), len(rows[-1]) - 1], dtype=torch.int32)
     token_rows = torch.tensor([row + [-1] * (BLOCK - len(row)) for row in rows], dtype=torch.int32).flatten()
     coarse = torch.randn(1, _HEADS, len(lists), call.head_dim, generator=generator)
     if call.dtype == torch.float64:
         coarse = coarse.double()
-    return (q, k, v, indices, counts, sizes), dict(token_rows=token_rows, gate=gate, coarse=coarse)
+    return (q, k, v, indices, counts, sizes), token_rows, gate, coarse
+
+
+def _tile_rows(grid: TileGrid) -> list[list[int]]:
+    """The tokens of every tile of at most 64, as rows of the sequence."""
+    tiles: dict[tuple[int, ...], list[int]] = {}
+    for raster in range(math.prod(grid.thw)):
+        place = raster // (grid.h * grid.w), raster // grid.w % grid.h, raster % grid.w
+        tile = tuple(p // side for p, side in zip(place, grid.tile, strict=True))
+        tiles.setdefault(tile, []).append(grid.prefix + raster)
+    return [tiles[tile] for tile in sorted(tiles)]
 
 
 def problem(call: Call) -> tuple[torch.Tensor, ...]:

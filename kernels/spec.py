@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import proven
+
+if TYPE_CHECKING:
+    from .tile_grid import TileGrid
 
 BLOCK = 64
 """Token slots in one block: the granularity at which every kernel selects queries and keys."""
@@ -48,8 +52,8 @@ class KernelSpec:
     """A kernel's name, its limits, and how to load it.
 
     `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse) -> (out, lse | None)` and is
-    the only place that imports what the kernel needs. `missing()` says what is not installed, or None. With
-    `gathers` run also takes token_rows, gate, coarse and blocks_per_tile of `kernels.block_sparse_attention`.
+    the only place that imports what the kernel needs. `missing()` says what is not installed, or None. A kernel
+    that gathers also takes token_rows to tile_grid of `kernels.block_sparse_attention`.
     """
 
     name: str
@@ -66,8 +70,8 @@ class KernelSpec:
     source: Path | None = None
     """The file that is compiled for the GPU. `auto` takes the kernel only when this very text has a GPU result."""
     missing: Callable[[], str | None] = lambda: None
-    gathers: bool = False
-    """Whether it reads tokens where the sequence has them. A kernel that does not is given copies."""
+    gathers: Callable[[TileGrid | None], bool] = lambda grid: False
+    """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 
     def unproven(self) -> str | None:
         """Why the kernel is not taken unless asked for by name, or None when it is proven (see `proven.py`)."""

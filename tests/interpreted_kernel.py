@@ -33,7 +33,7 @@ def call(worker, module, *operands):
     """`run` of kernels/triton/<module>.py on operands with the strides they have here: tensors, numbers and None."""
     import torch
     parcel = io.BytesIO()
-    torch.save(operands, parcel)
+    torch.save([list(x) if isinstance(x, tuple) else x for x in operands], parcel)
     return torch.load(io.BytesIO(worker.submit(_call, module, parcel.getvalue()).result()))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kernels import TileGrid
 from .grid import Thw, TokenGrid
 from .tiling import BLOCK, num_tiles, tile_slots
 
@@ -81,6 +82,11 @@ class TileLayout:
     cache_tile_buf: bool = field(default=True, kw_only=True)
     """Whether tile() reuses one buffer. Off where several results of tile() must live at once."""
     tile_buf: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def tile_grid(self) -> TileGrid:
+        """What `token_rows` holds, for a kernel that reads tiles as boxes."""
+        return TileGrid(self.grid.prefix, *self.grid.thw, *self.tile_size)
 
     @property
     def slots_per_tile(self) -> int:

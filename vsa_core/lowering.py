@@ -41,7 +41,7 @@ def attend_lists_in_sequence(
         raise ValueError(f"attention: found a sequence of {query.shape[1]} tokens, wanted {layout.total_seq_length}")
     return block_sparse_attention(query, key, value, indices, counts, layout.kernel_block_sizes, scale=scale,
                                   backend=backend, token_rows=layout.token_rows, gate=gate, coarse=coarse,
-                                  blocks_per_tile=layout.blocks_per_tile)
+                                  blocks_per_tile=layout.blocks_per_tile, tile_grid=layout.tile_grid)
 
 
 def dense_lists(batch: int, heads: int, rows: int, layout: TileLayout) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..spec import KernelSpec
+from .boxes import takes
 
 
 def _load():
@@ -25,4 +26,5 @@ SPEC = KernelSpec(
     head_dims=(64, 128),
     capabilities=((9, 0),),
     source=Path(__file__).with_name("block_sparse.cu"),
+    gathers=takes,
 )

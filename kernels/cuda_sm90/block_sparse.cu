@@ -2,6 +2,7 @@
 // no header at all. README.md beside this file explains pipeline, barriers, layouts and their sources.
 // One CTA computes two blocks of 64 queries of one head. Warps 0 and 1 load, warpgroups 1 and 2 compute one block
 // each over its own list of key blocks; when both lists are equal, keys and values are loaded once for both.
+// A block is a box of the token grid, read where the sequence has it, or 64 rows of a packed tensor.
 
 constexpr int BLOCK = 64;                                    // slots of a block, rows of a warpgroup's product
 constexpr int ELEMENT_BYTES = 2;
@@ -15,8 +16,9 @@ constexpr int SLOT_ALIGNMENT = 1024;                         // the swizzle repe
 constexpr int BARRIER_BYTES = 8;
 constexpr int FULL_OFFSET = SLOTS * SLOT_BYTES;
 constexpr int EMPTY_OFFSET = FULL_OFFSET + SLOTS * BARRIER_BYTES;
-constexpr int SIZES_OFFSET = EMPTY_OFFSET + SLOTS * BARRIER_BYTES;
-constexpr int SHARED_BYTES = SLOT_ALIGNMENT + SIZES_OFFSET + SLOTS * 4;
+constexpr int NOTES_OFFSET = EMPTY_OFFSET + SLOTS * BARRIER_BYTES;
+constexpr int NOTE_BYTES = 8;                                // keys: their mask; values: the first row to clear
+constexpr int SHARED_BYTES = SLOT_ALIGNMENT + NOTES_OFFSET + SLOTS * NOTE_BYTES;
 
 constexpr int THREADS = 384;
 constexpr int CONSUMERS = 2;
@@ -26,6 +28,10 @@ constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 constexpr unsigned WAIT_NANOSECONDS = 2000;                  // one try of a wait
 constexpr int WAIT_TRIES = 1 << 22;                          // at most about 8 s, then trap
+
+constexpr int COORDINATE_BITS = 10;                          // of a box's place along one axis of the grid
+constexpr int LARGEST_COORDINATE = 1023;
+constexpr int OUTSIDE = LARGEST_COORDINATE << 2 * COORDINATE_BITS;  // the place of a box of which nothing is in the grid
 
 // Matrix descriptors: byte offsets as the hardware wants them, divided by 16.
 constexpr unsigned DESCRIPTOR_SWIZZLE_128 = 1u << 30;        // bits 62-63 of the descriptor hold 1
@@ -44,8 +50,28 @@ constexpr int STEPS_PER_PANEL = PANEL_COLUMNS / 16;
 
 static_assert(SHARED_BYTES <= 232448, "more shared memory than an H100 gives to one CTA");
 static_assert(SLOTS % CONSUMERS == 0, "the two rings share the slots evenly");
+static_assert(LARGEST_COORDINATE + 1 == 1 << COORDINATE_BITS, "");
+static_assert(SLOTS <= 32, "the producer notes one bit per slot");
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };
+
+// The blocks that are boxes of a token grid. Axes in the order t, h, w; a tile is cut into `parts` boxes.
+struct Boxes {
+    int blocks;                                              // 0: every block lies packed
+    int prefix;                                              // tokens before the grid
+    int rows;                                                // of a box, 1..64
+    int parts;                                               // boxes in a tile
+    int grid[3], tiles[3], tile[3], cuts[3], box[3];         // cuts: boxes along an axis of a tile
+    unsigned long long masks[8];                             // of a box by the axes that the grid's edge cuts: 4 t, 2 h, 1 w
+};
+
+// Where a coarse branch comes from. means: null without one.
+struct Coarse {
+    const unsigned short* gate;
+    const float* means;
+    long long gate_row, gate_head, mean_head, mean_tile;     // strides in elements
+    int tiles, blocks_per_tile;
+};
 
 // The machine: everything below that is not plain C++. The tests put an emulator of it in this place.
 
@@ -107,11 +133,11 @@ DEVICE void map_prefetch(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 
-// Tensor map dimensions, innermost first: 64 columns, slot, panel, head, batch.
-DEVICE void load_block(unsigned slot, const TensorMap* map, unsigned barrier, int row, int head, int batch) {
+// One box of a rank-5 tensor map into a slot, coordinates innermost first.
+DEVICE void copy_box(unsigned slot, const TensorMap* map, unsigned barrier, int c0, int c1, int c2, int c3, int c4) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-                 " [%0], [%1, {%3, %4, %3, %5, %6}], [%2];"
-                 :: "r"(slot), "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(batch) : "memory");
+                 " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 :: "r"(slot), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
 DEVICE int shared_read(unsigned address) {
@@ -167,6 +193,8 @@ DEVICE float from_lane_xor(float value, int mask) {
     return result;
 }
 
+DEVICE int ones_in(unsigned bits) { int n; asm("popc.b32 %0, %1;" : "=r"(n) : "r"(bits)); return n; }
+
 // -inf, the score of a key that is not there.
 DEVICE float none() { float x; asm("mov.b32 %0, 0xff800000;" : "=f"(x)); return x; }
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -181,6 +209,19 @@ DEVICE unsigned packed(float low, float high) {
     asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+
+// The two halves of a packed pair.
+#if HALF
+DEVICE float low_of(unsigned pair) {
+    float x; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(x) : "r"(pair)); return x;
+}
+DEVICE float high_of(unsigned pair) {
+    float x; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(pair)); return x;
+}
+#else
+DEVICE float low_of(unsigned pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_of(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+#endif
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -239,6 +280,56 @@ DEVICE void wait(unsigned barrier, unsigned parity) {
     stop_kernel();
 }
 
+struct Mask { unsigned low, high; };                          // bit i: key i of a block is there
+
+DEVICE Mask first_keys(int size) {
+    return {size >= 32 ? ~0u : (1u << size) - 1, size >= 64 ? ~0u : size <= 32 ? 0 : (1u << (size - 32)) - 1};
+}
+
+DEVICE int keys_in(Mask mask) { return ones_in(mask.low) + ones_in(mask.high); }
+
+// The place of a box in the grid, and how many of its tokens are inside along every axis.
+struct Box {
+    int at[3], inside[3];
+
+    DEVICE Box(const Boxes& boxes, int block) {
+        int part = block % boxes.parts, tile = block / boxes.parts;
+#pragma unroll
+        for (int axis = 2; axis >= 0; --axis) {
+            at[axis] = tile % boxes.tiles[axis] * boxes.tile[axis] + part % boxes.cuts[axis] * boxes.box[axis];
+            tile /= boxes.tiles[axis];
+            part /= boxes.cuts[axis];
+            int left = boxes.grid[axis] - at[axis];
+            inside[axis] = left < 0 ? 0 : left > boxes.box[axis] ? boxes.box[axis] : left;
+        }
+    }
+    // Its coordinates in one number.
+    DEVICE int place() const { return at[0] << 2 * COORDINATE_BITS | at[1] << COORDINATE_BITS | at[2]; }
+    DEVICE Mask mask(const Boxes& boxes) const {
+        int cut = 0;
+        bool empty = false;
+#pragma unroll
+        for (int axis = 0; axis < 3; ++axis) {
+            cut = 2 * cut + (inside[axis] < boxes.box[axis]);
+            empty |= inside[axis] == 0;
+        }
+        unsigned long long all = boxes.masks[cut];
+        if (empty) all = 0;
+        return {(unsigned)all, (unsigned)(all >> 32)};
+    }
+    // Row of the sequence that lies in a slot of the box, -1 for none.
+    DEVICE long long row(const Boxes& boxes, int slot) const {
+        int w = slot % boxes.box[2], h = slot / boxes.box[2] % boxes.box[1], t = slot / boxes.box[2] / boxes.box[1];
+        if (t >= inside[0] || h >= inside[1] || w >= inside[2]) return -1;
+        return boxes.prefix + ((long long)(at[0] + t) * boxes.grid[1] + at[1] + h) * boxes.grid[2] + at[2] + w;
+    }
+};
+
+// Where a block is: the coordinates of a box, or below 0 the number of a packed block.
+DEVICE int place_of(const Boxes& boxes, int block) {
+    return block < boxes.blocks ? Box(boxes, block).place() : boxes.blocks - block - 1;
+}
+
 // A run of slots, filled, read and emptied in one order. `phase` flips with every turn.
 struct Ring {
     unsigned base;
@@ -251,7 +342,7 @@ struct Ring {
     DEVICE unsigned data(int i) const { return base + i * SLOT_BYTES; }
     DEVICE unsigned full(int i) const { return base + FULL_OFFSET + i * BARRIER_BYTES; }
     DEVICE unsigned empty(int i) const { return base + EMPTY_OFFSET + i * BARRIER_BYTES; }
-    DEVICE unsigned size_at(int i) const { return base + SIZES_OFFSET + i * 4; }
+    DEVICE unsigned note(int i) const { return base + NOTES_OFFSET + i * NOTE_BYTES; }
     DEVICE void advance() {
         if (++slot == end) {
             slot = first;
@@ -268,54 +359,98 @@ struct Ring {
         int i = oldest + n;
         return data(i < end ? i : i - end + first);
     }
-    DEVICE int release(int lane) {                           // the oldest one taken, by every warp that has read it
-        int size = shared_read(size_at(oldest));
+    DEVICE Mask release(int lane) {                          // the oldest one taken, by every warp that has read it
+        Mask mask = {(unsigned)shared_read(note(oldest)), (unsigned)shared_read(note(oldest) + 4)};
         sync_warp();
         if (lane == 0) barrier_arrive(empty(oldest));
         if (++oldest == end) oldest = first;
-        return size;
+        return mask;
     }
 };
 
-// One query block's list, read by a whole warp, 32 entries at a time and 32 ahead.
+// One query block's list, read by a whole warp, 32 entries at a time and 32 ahead. entries null: every block.
 struct List {
+    const Boxes& boxes;
     const int* entries;
     const int* block_sizes;
     long long stride;
     int count, blocks, lane;
-    int block, size, next_block, next_size;
+    int place, next_place;
+    Mask mask, next_mask;
 
-    DEVICE List(const int* entries, long long stride, int count, const int* block_sizes, int blocks, int lane)
-        : entries(entries), block_sizes(block_sizes), stride(stride), count(count), blocks(blocks), lane(lane),
-          block(0), size(0), next_block(0), next_size(0) { ahead(0); }
+    DEVICE List(const Boxes& boxes, const int* entries, long long stride, int count, const int* block_sizes, int blocks,
+                int lane)
+        : boxes(boxes), entries(entries), block_sizes(block_sizes), stride(stride), count(count), blocks(blocks),
+          lane(lane), place(0), next_place(0), mask{}, next_mask{} { ahead(0); }
     DEVICE void ahead(int i) {
         i += lane;
-        next_block = i < count ? entries[i * stride] : 0;
-        bool known = next_block >= 0 && next_block < blocks;  // an entry that names no block is an empty one
-        next_size = i < count && known ? block_sizes[next_block] : 0;
-        if (!known) next_block = 0;
+        int block = i >= count ? 0 : entries ? entries[i * stride] : i;
+        bool known = block >= 0 && block < blocks;           // an entry that names no block is an empty one
+        next_mask = {0, 0};
+        next_place = boxes.blocks > 0 ? OUTSIDE : -1;
+        if (known && block < boxes.blocks) {
+            Box box(boxes, block);
+            next_mask = box.mask(boxes);
+            next_place = box.place();
+        } else if (known) {
+            next_mask = first_keys(block_sizes[block]);
+            next_place = boxes.blocks - block - 1;
+        }
     }
-    DEVICE void get(int i, int& found_block, int& found_size) {  // i = 0, 1, 2, ... in turn
+    DEVICE void get(int i, int& found_place, Mask& found_mask) {  // i = 0, 1, 2, ... in turn
         if (i % 32 == 0) {
-            block = next_block;
-            size = next_size;
+            place = next_place;
+            mask = next_mask;
             ahead(i + 32);
         }
-        found_block = from_lane(block, i % 32);
-        found_size = from_lane(size, i % 32);
+        found_place = from_lane(place, i % 32);
+        found_mask = {(unsigned)from_lane(mask.low, i % 32), (unsigned)from_lane(mask.high, i % 32)};
     }
 };
 
-DEVICE void put(Ring& ring, const TensorMap* map, int block, int size, int head, int batch, int lane) {
-    wait(ring.empty(ring.slot), ring.phase ^ 1);
-    if (lane == 0) {
-        shared_write(ring.size_at(ring.slot), size);
-        barrier_arrive_expect(ring.full(ring.slot), SLOT_BYTES);
-        load_block(ring.data(ring.slot), map, ring.full(ring.slot), block * BLOCK, head, batch);
+// The two tensor maps of q, k or v: dimensions of a box's are 64 columns, w, h, t, head, and of a packed block's
+// 64 columns, slot, panel, head, batch.
+struct Maps { const TensorMap *boxes, *packed; };
+
+// Loads blocks into a ring. A box of fewer than 64 rows leaves the rest of its slot as it is. Whatever lies there at
+// the start may be NaN: the consumer clears it when it first takes values from a slot, which `stale` has a bit for.
+// Later boxes leave the zeros alone, and a packed block comes after all boxes, since a list ascends.
+struct Loader {
+    Ring ring;
+    const Boxes& boxes;
+    int head, batch, lane;
+    unsigned stale;
+
+    DEVICE Loader(const Ring& ring, const Boxes& boxes, int head, int batch, int lane)
+        : ring(ring), boxes(boxes), head(head), batch(batch), lane(lane), stale(~0u) {}
+    DEVICE void put(Maps maps, int place, Mask note) {
+        wait(ring.empty(ring.slot), ring.phase ^ 1);
+        if (lane == 0) {
+            unsigned slot = ring.data(ring.slot), barrier = ring.full(ring.slot);
+            shared_write(ring.note(ring.slot), note.low);
+            shared_write(ring.note(ring.slot) + 4, note.high);
+            if (place < 0) {
+                barrier_arrive_expect(barrier, SLOT_BYTES);
+                copy_box(slot, maps.packed, barrier, 0, (-1 - place) * BLOCK, 0, head, batch);
+            } else {
+                barrier_arrive_expect(barrier, boxes.rows * PANELS * ROW_BYTES);
+#pragma unroll
+                for (int panel = 0; panel < PANELS; ++panel)
+                    copy_box(slot + panel * PANEL_BYTES, maps.boxes, barrier, panel * PANEL_COLUMNS,
+                             place & LARGEST_COORDINATE, place >> COORDINATE_BITS & LARGEST_COORDINATE,
+                             place >> 2 * COORDINATE_BITS, head);
+            }
+        }
+        sync_warp();
+        ring.advance();
     }
-    sync_warp();
-    ring.advance();
-}
+    // valid: how many rows of a packed block are.
+    DEVICE void put_values(Maps maps, int place, int valid) {
+        int keep = place < 0 ? valid : stale >> ring.slot & 1 ? boxes.rows : BLOCK;
+        stale &= ~(1u << ring.slot);
+        put(maps, place, {(unsigned)keep, 0});
+    }
+};
 
 DEVICE void load_query_fragments(unsigned (&q)[Q_FRAGMENTS], unsigned slot, int warp, int lane) {
     int row = warp * 16 + lane % 16;
@@ -345,23 +480,28 @@ DEVICE void multiply_values(float (&o)[OUTPUTS], const unsigned (&p)[2 * WEIGHTS
         wgmma_outputs(o, p, FIRST / 4 + step, low + (step * V_STEP_BYTES >> 4), high);
 }
 
-// Takes a block of values. Padding slots may hold NaN, which a weight of 0 does not remove: they are cleared.
+// Takes a block of values. Rows behind the valid ones may hold NaN, which a weight of 0 does not remove.
 DEVICE void take_values(Ring& ring, int consumer) {
-    int slot = ring.take(), size = shared_read(ring.size_at(slot));
-    if (size == BLOCK) return;
+    int slot = ring.take(), keep = shared_read(ring.note(slot));
+    if (keep == BLOCK) return;
     for (int panel = 0; panel < PANELS; ++panel)
-        for (int at = size * ROW_BYTES + thread_index() % WARPGROUP * 16; at < PANEL_BYTES; at += WARPGROUP * 16)
+        for (int at = keep * ROW_BYTES + thread_index() % WARPGROUP * 16; at < PANEL_BYTES; at += WARPGROUP * 16)
             shared_clear_16(ring.data(slot) + panel * PANEL_BYTES + at);
     fence_async_proxy();
     sync_threads(1 + consumer, WARPGROUP);
 }
 
 template <int FIRST>
-DEVICE void mask_padding(float (&s)[2 * SCORES], int size, int lane) {
-    if (size == BLOCK) return;
+DEVICE void mask_keys(float (&s)[2 * SCORES], Mask mask, int lane) {
 #pragma unroll
-    for (int i = 0; i < SCORES; ++i)
-        if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= size) s[FIRST + i] = none();
+    for (int half = 0; half < 2; ++half) {
+        unsigned there = half ? mask.high : mask.low;
+        if (there == ~0u) continue;
+        there >>= lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < SCORES / 2; ++i)
+            if (!(there >> (i / 4 * 8 + i % 2) & 1)) s[FIRST + half * (SCORES / 2) + i] = none();
+    }
 }
 
 // Scores to weights, not normalised. decay: what has been summed so far is to be multiplied by it.
@@ -401,35 +541,36 @@ DEVICE void next_weights(unsigned (&p)[2 * WEIGHTS], float (&s)[2 * SCORES], flo
     for (int i = 0; i < N / 2; ++i) p[i] = packed(s[2 * i], s[2 * i + 1]);
 }
 
-DEVICE void produce(unsigned base, const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map,
-                    List list, int first_query, int queries, int consumer, bool one_for_both, int head, int batch) {
-    Ring ring(base, consumer, one_for_both);
-    int lane = list.lane, block_a, size_a, block_b, size_b;
-    for (int i = 0; i < queries; ++i) put(ring, q_map, first_query + i, BLOCK, head, batch, lane);
-    int place = 0;
-    if (list.count % 2) {
-        list.get(place++, block_a, size_a);
-        put(ring, k_map, block_a, size_a, head, batch, lane);
-        put(ring, v_map, block_a, size_a, head, batch, lane);
-    }
-    int value_a = 0, value_size_a = 0, value_b = 0, value_size_b = 0;
+// Values of a step come after the keys of the next one; the first of an odd number of blocks is a step of its own.
+DEVICE void produce(Loader loader, Maps q, Maps k, Maps v, List list, int first_query, int queries) {
+#pragma unroll 1
+    for (int i = 0; i < queries; ++i) loader.put(q, place_of(loader.boxes, first_query + i), Mask{});
+    int at = 0, place_a = 0, place_b = 0, valid_a = 0, valid_b = 0;
     bool values_due = false;
 #pragma unroll 1
-    for (; place < list.count; place += 2) {
-        list.get(place, block_a, size_a);
-        list.get(place + 1, block_b, size_b);
-        put(ring, k_map, block_a, size_a, head, batch, lane);
-        put(ring, k_map, block_b, size_b, head, batch, lane);
-        if (values_due) {
-            put(ring, v_map, value_a, value_size_a, head, batch, lane);
-            put(ring, v_map, value_b, value_size_b, head, batch, lane);
+    while (at < list.count) {
+        int blocks = (list.count - at) % 2 ? 1 : 2, due_a = place_a, due_b = place_b, due_valid_a = valid_a, due_valid_b = valid_b;
+#pragma unroll 1
+        for (int i = 0; i < blocks; ++i) {
+            Mask mask;
+            place_a = place_b, valid_a = valid_b;
+            list.get(at++, place_b, mask);
+            valid_b = keys_in(mask);
+            loader.put(k, place_b, mask);
         }
-        value_a = block_a, value_size_a = size_a, value_b = block_b, value_size_b = size_b;
+        if (blocks == 1) {
+            loader.put_values(v, place_b, valid_b);
+            continue;
+        }
+        if (values_due) {
+            loader.put_values(v, due_a, due_valid_a);
+            loader.put_values(v, due_b, due_valid_b);
+        }
         values_due = true;
     }
     if (values_due) {
-        put(ring, v_map, value_a, value_size_a, head, batch, lane);
-        put(ring, v_map, value_b, value_size_b, head, batch, lane);
+        loader.put_values(v, place_a, valid_a);
+        loader.put_values(v, place_b, valid_b);
     }
 }
 
@@ -451,7 +592,7 @@ DEVICE void consume(unsigned base, int count, float scale, int consumer, bool on
         wgmma_commit();
         wgmma_wait<0>();
         pin(s);
-        mask_padding<0>(s, ring.release(lane), lane);
+        mask_keys<0>(s, ring.release(lane), lane);
         softmax<SCORES>(s, peak, total, decay, scale);
         next_weights<SCORES>(p, s, o, decay);
         take_values(ring, consumer);
@@ -473,8 +614,8 @@ DEVICE void consume(unsigned base, int count, float scale, int consumer, bool on
     wgmma_commit();
     wgmma_wait<0>();
     pin(s);
-    mask_padding<0>(s, ring.release(lane), lane);
-    mask_padding<SCORES>(s, ring.release(lane), lane);
+    mask_keys<0>(s, ring.release(lane), lane);
+    mask_keys<SCORES>(s, ring.release(lane), lane);
     softmax<2 * SCORES>(s, peak, total, decay, scale);
     next_weights<2 * SCORES>(p, s, o, decay);
     if (pairs > 1) ring.take(), ring.take();
@@ -494,8 +635,8 @@ DEVICE void consume(unsigned base, int count, float scale, int consumer, bool on
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        mask_padding<0>(s, ring.release(lane), lane);
-        mask_padding<SCORES>(s, ring.release(lane), lane);
+        mask_keys<0>(s, ring.release(lane), lane);
+        mask_keys<SCORES>(s, ring.release(lane), lane);
         softmax<2 * SCORES>(s, peak, total, decay, scale);
         pin(s);
         // Between the weights and the wait on purpose: without a branch there ptxas moves the wait up.
@@ -517,57 +658,86 @@ DEVICE void consume(unsigned base, int count, float scale, int consumer, bool on
 }
 
 // This warpgroup's 64 rows of out and lse.
-DEVICE void store(const float (&o)[OUTPUTS], const float (&peak)[2], const float (&total)[2], float scale,
-                  unsigned short* out, float* lse, int query_blocks) {
+DEVICE void store(const float (&o)[OUTPUTS], const float (&peak)[2], const float (&total)[2], float scale, int block,
+                  const Boxes& boxes, const int* packed_rows, const Coarse& coarse, unsigned short* out, float* lse,
+                  int tokens) {
     int lane = thread_index() % 32, warp = thread_index() / 32 % WARPS_PER_CONSUMER;
-    int block = block_x() * CONSUMERS + thread_index() / WARPGROUP - 1;
-    if (block >= query_blocks) return;
     int head = block_y(), heads = blocks_y(), batch = block_z();
-    long long slots = (long long)query_blocks * BLOCK;
+    bool is_box = block < boxes.blocks;
+    Box box(boxes, is_box ? block : 0);
+    int tile = block / coarse.blocks_per_tile;
+    bool combined = coarse.means && tile < coarse.tiles;
+    const float* mean = coarse.means + head * coarse.mean_head + tile * coarse.mean_tile + lane % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float sum = total[r] + from_lane_xor(total[r], 1);
         sum += from_lane_xor(sum, 2);
-        long long slot = (long long)block * BLOCK + warp * 16 + lane / 4 + 8 * r;
+        int slot = warp * 16 + lane / 4 + 8 * r, packed_slot = (block - boxes.blocks) * BLOCK + slot;
+        long long row = is_box ? box.row(boxes, slot) : packed_rows ? packed_rows[packed_slot] : packed_slot;
+        if (row < 0) continue;
         float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        unsigned* line = (unsigned*)(out + ((batch * slots + slot) * heads + head) * HEAD_DIM) + lane % 4;
+        unsigned* line = (unsigned*)(out + ((batch * (long long)tokens + row) * heads + head) * HEAD_DIM) + lane % 4;
+        const unsigned* gate = (const unsigned*)(coarse.gate + row * coarse.gate_row + head * coarse.gate_head) + lane % 4;
 #pragma unroll
-        for (int i = 2 * r; i < OUTPUTS; i += 4) line[i / 4 * 4] = packed(o[i] * inverse, o[i + 1] * inverse);
+        for (int i = 2 * r; i < OUTPUTS; i += 4) {
+            float low = o[i] * inverse, high = o[i + 1] * inverse;
+            if (combined) {
+                unsigned gates = gate[i / 4 * 4];
+                low = multiply_add(low_of(gates), mean[i / 4 * 8], low);
+                high = multiply_add(high_of(gates), mean[i / 4 * 8 + 1], high);
+            }
+            line[i / 4 * 4] = packed(low, high);
+        }
         if (lse && lane % 4 == 0)
-            lse[((long long)batch * heads + head) * slots + slot] =
-                (peak[r] * scale + log2_of(sum)) * 0.6931471805599453f;
+            lse[((long long)batch * heads + head) * tokens + row] = (peak[r] * scale + log2_of(sum)) * 0.6931471805599453f;
     }
 }
 
 // Launched over (query blocks / 2 rounded up, heads, batch) with THREADS threads and SHARED_BYTES.
-// scale_log2e: softmax scale times log2(e), above 0. out: [batch, slots, heads, HEAD_DIM], lse: [batch, heads, slots]
-// or null, both contiguous. Strides of indices and counts are in elements.
+// scale_log2e: softmax scale times log2(e), above 0. out: [batch, tokens, heads, HEAD_DIM], lse: [batch, heads, tokens]
+// or null, both contiguous. Strides of indices and counts are in elements. Query blocks from `lists` on have no list:
+// they attend to every block. packed_rows: the row of the sequence in every slot of the packed blocks, -1 for none;
+// null: slot by slot. With boxes the batch is 1.
 GLOBAL void __launch_bounds__(THREADS, 1) block_sparse_forward(
-    KERNEL_PARAMETER TensorMap q_map, KERNEL_PARAMETER TensorMap k_map, KERNEL_PARAMETER TensorMap v_map,
+    KERNEL_PARAMETER TensorMap q_boxes, KERNEL_PARAMETER TensorMap k_boxes, KERNEL_PARAMETER TensorMap v_boxes,
+    KERNEL_PARAMETER TensorMap q_packed, KERNEL_PARAMETER TensorMap k_packed, KERNEL_PARAMETER TensorMap v_packed,
+    KERNEL_PARAMETER Boxes boxes, KERNEL_PARAMETER Coarse coarse,
     unsigned short* out, float* lse, const int* indices, const int* counts, const int* block_sizes,
+    const int* packed_rows,
     long long stride_ib, long long stride_ih, long long stride_iq, long long stride_ik,
     long long stride_cb, long long stride_ch, long long stride_cq,
-    int longest, int query_blocks, int key_blocks, float scale_log2e) {
-    int head = block_y(), batch = block_z(), first = block_x() * CONSUMERS;
+    int longest, int lists, int query_blocks, int key_blocks, int tokens, float scale_log2e) {
+    int head = block_y(), batch = block_z(), pairs = (query_blocks + 1) / CONSUMERS;
+    // Those without a list have the most to do: they start first.
+    int first = (block_x() + lists / CONSUMERS) % pairs * CONSUMERS;
     unsigned base = shared_base();
     const int* list = indices + batch * stride_ib + head * stride_ih + first * stride_iq;
     const int* length = counts + batch * stride_cb + head * stride_ch + first * stride_cq;
-    bool both = first + 1 < query_blocks;
-    int count_0 = length[0], count_1 = both ? length[stride_cq] : 0;
-    count_0 = count_0 < 0 ? 0 : count_0 > longest ? longest : count_0;
-    count_1 = count_1 < 0 ? 0 : count_1 > longest ? longest : count_1;
+    bool dense_0 = first >= lists, dense_1 = first + 1 >= lists;
+    int count_0 = dense_0 ? key_blocks : length[0];
+    int count_1 = first + 1 >= query_blocks ? 0 : dense_1 ? key_blocks : length[stride_cq];
+    int most_0 = dense_0 ? key_blocks : longest, most_1 = dense_1 ? key_blocks : longest;
+    count_0 = count_0 < 0 ? 0 : count_0 > most_0 ? most_0 : count_0;
+    count_1 = count_1 < 0 ? 0 : count_1 > most_1 ? most_1 : count_1;
 
-    bool same = count_0 == count_1 && count_0 > 0;
-    if (same)
+    bool same = count_0 == count_1 && count_0 > 0 && dense_0 == dense_1;
+    if (same && !dense_0)
         for (int i = thread_index(); i < count_0; i += THREADS)
             same &= list[i * stride_ik] == list[stride_iq + i * stride_ik];
     bool one_for_both = all_in_cta(same);
 
     int group = thread_index() / WARPGROUP;
     if (thread_index() == 0) {
-        map_prefetch(&q_map);
-        map_prefetch(&k_map);
-        map_prefetch(&v_map);
+        if (boxes.blocks > 0) {
+            map_prefetch(&q_boxes);
+            map_prefetch(&k_boxes);
+            map_prefetch(&v_boxes);
+        }
+        if (boxes.blocks < key_blocks) {
+            map_prefetch(&q_packed);
+            map_prefetch(&k_packed);
+            map_prefetch(&v_packed);
+        }
 #pragma unroll 1
         for (int i = 0; i < SLOTS; ++i) {
             barrier_init(base + FULL_OFFSET + i * BARRIER_BYTES, 1);
@@ -582,15 +752,18 @@ GLOBAL void __launch_bounds__(THREADS, 1) block_sparse_forward(
         give_registers<PRODUCER_REGISTERS>();
         int consumer = thread_index() / 32, lane = thread_index() % 32;
         int count = consumer == 0 ? count_0 : count_1;
+        const int* own = (consumer == 0 ? dense_0 : dense_1) ? nullptr : list + consumer * stride_iq;
         if (consumer < (one_for_both ? 1 : CONSUMERS) && count > 0)
-            produce(base, &q_map, &k_map, &v_map,
-                    List(list + consumer * stride_iq, stride_ik, count, block_sizes, key_blocks, lane),
-                    first + consumer, one_for_both ? CONSUMERS : 1, consumer, one_for_both, head, batch);
+            produce(Loader(Ring(base, consumer, one_for_both), boxes, head, batch, lane),
+                    {&q_boxes, &q_packed}, {&k_boxes, &k_packed}, {&v_boxes, &v_packed},
+                    List(boxes, own, stride_ik, count, block_sizes, key_blocks, lane),
+                    first + consumer, one_for_both ? CONSUMERS : 1);
     } else {
         take_registers<CONSUMER_REGISTERS>();
         int consumer = group - 1, count = consumer == 0 ? count_0 : count_1;
         float o[OUTPUTS] = {}, peak[2] = {none(), none()}, total[2] = {};
         if (count > 0) consume(base, count, scale_log2e, consumer, one_for_both, o, peak, total);
-        store(o, peak, total, scale_log2e, out, lse, query_blocks);
+        if (first + consumer < query_blocks)
+            store(o, peak, total, scale_log2e, first + consumer, boxes, packed_rows, coarse, out, lse, tokens);
     }
 }

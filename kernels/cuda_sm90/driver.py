@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .tensor_map import Layout
 
@@ -26,6 +27,8 @@ class Driver:
 
     def __init__(self, library=None):
         self._library = library if library is not None else _open()
+        self.encode = lru_cache(maxsize=1024)(self._encode)
+        """`_encode`, which depends on nothing but its arguments: layers whose tensors lie alike share their maps."""
 
     def _call(self, name: str, *arguments) -> None:
         try:
@@ -49,8 +52,8 @@ class Driver:
                    ctypes.c_int(shared_bytes))
         return function
 
-    def encode(self, address: int, dtype: str, layout: Layout) -> ctypes.Array:
-        """A tensor map. It holds the address: encode anew for another tensor."""
+    def _encode(self, address: int, dtype: str, layout: Layout) -> ctypes.Array:
+        """A tensor map. It holds the address: another tensor has another one. Not to be changed."""
         rank = len(layout.sizes)
         encoded = _aligned_map()
         self._call(
@@ -79,3 +82,7 @@ def _open():
 def _aligned_map() -> ctypes.Array:
     room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
     return (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % MAP_ALIGNMENT)
+
+
+NO_MAP = _aligned_map()
+"""In place of a tensor map that the kernel does not use."""

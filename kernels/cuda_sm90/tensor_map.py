@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..spec import BLOCK
+from ..tile_grid import TileGrid
 
 PANEL_COLUMNS = 64
 """Elements in the 128 bytes that the swizzle covers; head_dim 128 is two panels, which lie behind each other."""
@@ -16,33 +17,44 @@ LARGEST_SIZE = 1 << 32
 
 
 class Layout(NamedTuple):
-    """Dimensions innermost first: columns of a panel, slot, panel, head, batch."""
+    """Dimensions innermost first."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     """In bytes, of all dimensions but the innermost, which is contiguous."""
     box: tuple[int, ...]
-    """What one copy moves: a block, panel after panel, 128 bytes per row."""
+    """What one copy moves."""
 
 
-def layout(shape, strides, element_size: int = 2) -> Layout:
-    """The layout of a tensor [B, S, H, D] with these element strides; D is contiguous and a multiple of 64."""
-    batch, slots, heads, dim = shape
-    panels = dim // PANEL_COLUMNS
-    panel_bytes = PANEL_COLUMNS * element_size
+def packed_layout(x: torch.Tensor) -> Layout:
+    """Blocks that lie one after the other in x [B, S, H, D], D contiguous and a multiple of 64.
 
-    def step(size: int, stride: int) -> int:
-        return stride * element_size if size > 1 else panel_bytes      # nothing is ever stepped over
-
-    return Layout(
-        (PANEL_COLUMNS, slots, panels, heads, batch),
-        (step(slots, strides[1]), panel_bytes, step(heads, strides[2]), step(batch, strides[0])),
-        (PANEL_COLUMNS, BLOCK, panels, 1, 1))
+    Dimensions: columns of a panel, slot, panel, head, batch. A copy moves a block, panel after panel.
+    """
+    (batch, slots, heads, dim), size = x.shape, x.element_size()
+    panels, panel_bytes = dim // PANEL_COLUMNS, PANEL_COLUMNS * size
+    steps = (_bytes(x, 1), panel_bytes, _bytes(x, 2), _bytes(x, 0))
+    return Layout((PANEL_COLUMNS, slots, panels, heads, batch), steps, (PANEL_COLUMNS, BLOCK, panels, 1, 1))
 
 
-def fits(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read `x` [B, S, H, D] where it lies."""
-    found = layout(x.shape, x.stride(), x.element_size())
+def box_layout(x: torch.Tensor, grid: TileGrid, box: tuple[int, int, int]) -> Layout:
+    """The grid in x [1, S, H, D], seen from its first token. Dimensions: columns, w, h, t, head.
+
+    A copy moves one panel of a box; tokens outside the grid arrive as zeros.
+    """
+    row = x.stride(1) * x.element_size()
+    steps = (row, grid.w * row, grid.h * grid.w * row, _bytes(x, 2))
+    return Layout((x.shape[3], *reversed(grid.thw), x.shape[2]), steps, (PANEL_COLUMNS, *reversed(box), 1))
+
+
+def _bytes(x: torch.Tensor, axis: int) -> int:
+    """From one index to the next, or where there is but one a step that is never taken."""
+    return (x.stride(axis) if x.shape[axis] > 1 else PANEL_COLUMNS) * x.element_size()
+
+
+def fits(x: torch.Tensor, described: Layout) -> bool:
+    """Whether the copy engine can read every batch of `x` [B, S, H, D] where it lies."""
+    strides = (*described.strides, _bytes(x, 0))
     return (x.stride(3) == 1 and x.data_ptr() % STRIDE_UNIT == 0
-            and all(0 < stride < LARGEST_STRIDE and stride % STRIDE_UNIT == 0 for stride in found.strides)
-            and all(0 < size <= LARGEST_SIZE for size in found.sizes))
+            and all(0 < stride < LARGEST_STRIDE and stride % STRIDE_UNIT == 0 for stride in strides)
+            and all(0 < size <= LARGEST_SIZE for size in described.sizes))

@@ -44,10 +44,10 @@ SPEC = KernelSpec(
     min_capability=(8, 0),
     source=Path(__file__).with_name("block_sparse.py"),
     missing=_missing,
-    gathers=True,
+    gathers=lambda grid: True,
 )
 
-MEANS_SPEC = replace(SPEC, name="triton_tile_means", load=_load_means, gathers=False,
+MEANS_SPEC = replace(SPEC, name="triton_tile_means", load=_load_means,
                      source=Path(__file__).with_name("tile_means.py"))
-SELECT_SPEC = replace(SPEC, name="triton_select_tiles", load=_load_select, gathers=False, dtypes=(torch.float32,),
+SELECT_SPEC = replace(SPEC, name="triton_select_tiles", load=_load_select, dtypes=(torch.float32,),
                       source=Path(__file__).with_name("select_tiles.py"))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..spec import BLOCK, Call
-from .configs import config_for
+from .configs import Config, config_for
 
 
 @triton.jit
@@ -184,16 +184,19 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1):
-    """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none."""
+        blocks_per_tile=1, tile_grid=None, *, config: Config | None = None):
+    """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none.
+
+    config: launch options to measure, taken as they are, in place of the table's for this card.
+    """
     batch, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
     if out.numel() == 0:
         return out, lse
-    config = config_for(Call.of(q).capability, dim, q.dtype)
-    if not PIPELINES:
-        config = config._replace(num_stages=1)
+    if config is None:
+        config = config_for(Call.of(q).capability, dim, q.dtype)
+        config = config if PIPELINES else config._replace(num_stages=1)
     slots = tokens if token_rows is None else token_rows.numel()
     none = (0, 0, 0)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():

@@ -22,9 +22,11 @@ class Config(NamedTuple):
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
-# At head_dim 128 registers allow two programs. 99 KB of shared memory (8.6, 8.9, 12.0) hold two with 2 stages
-# (48 KB each) and only one with 3. On 9.0 they would allow three, but then without a pipeline: two with 3 stages is
-# a guess to be measured first; four programs of head_dim 64 with 3 stages would fill shared memory to the last byte.
+# On every card but 9.0 registers allow two programs of 4 warps with any number of stages, so that 1 stage holds no
+# more of them, and one program of 8 warps. At head_dim 128, 99 KB of shared memory (8.6, 8.9, 12.0) hold two with
+# 2 stages (48 KB each), one with 3, which spills on 8.6 and 8.9, and none with 4.
+# On 9.0 registers allow two programs at head_dim 128 and three at 64. Without token rows it is four at 64, which with
+# 3 stages fill shared memory to the last byte, and three at 128, but with 1 stage only. To be measured first.
 CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
     ((8, 0), 64, BF16): Config(4, 3),
     ((8, 0), 64, FP16): Config(4, 3),
@@ -47,6 +49,10 @@ CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
     ((12, 0), 128, BF16): Config(4, 2),
     ((12, 0), 128, FP16): Config(4, 2),
 }
+
+CANDIDATES = (Config(4, 1), Config(4, 2), Config(4, 3), Config(4, 4),
+              Config(8, 1), Config(8, 2), Config(8, 3), Config(8, 4))
+"""What may be worth measuring on a card: `make tune` times them, `dev/aot.py --candidates` compiles them for all."""
 
 DEFAULT = Config(4, 2)
 """For cards not in the table; its shared memory fits every card from sm_80 on."""

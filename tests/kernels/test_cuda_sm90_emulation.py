@@ -8,6 +8,7 @@ import emulated_sm90
 from kernel_oracle import block_sparse_attention_oracle, worst_block_error
 from pack.kernels.cuda_sm90 import loader
 from pack.kernels.cuda_sm90.launch import readable
+from pack.kernels.tile_grid import TileGrid
 
 pytestmark = pytest.mark.skipif(emulated_sm90.unavailable() is not None, reason=str(emulated_sm90.unavailable()))
 
@@ -75,7 +76,7 @@ BROKEN = {
     "cleared padding is not made visible": ("    fence_async_proxy();\n    sync_threads", "    sync_threads"),
     "a ring forgets that it has turned": ("            phase ^= 1;\n", ""),
     "both readers count as one": ("one_for_both ? CONSUMERS * WARPS_PER_CONSUMER", "one_for_both ? WARPS_PER_CONSUMER"),
-    "a copy of other size is expected": ("ring.full(ring.slot), SLOT_BYTES)", "ring.full(ring.slot), SLOT_BYTES / 2)"),
+    "a copy of other size is expected": ("expect(barrier, SLOT_BYTES)", "expect(barrier, SLOT_BYTES / 2)"),
     "steps along the keys are too short": ("V_STEP_BYTES = 16 * ROW_BYTES", "V_STEP_BYTES = 8 * ROW_BYTES"),
 }
 
@@ -101,9 +102,13 @@ def test_tensors_that_the_copy_engine_cannot_read_are_copied_and_others_are_not(
     fused = torch.randn(2, 128, 3, 3, 64).bfloat16()[:, :, 1]
     unaligned = torch.randn(2, 128, 3, 65).bfloat16()[..., :64]
     expanded = x[:, :, :1].expand(-1, -1, 3, -1)
-    got = readable(x, fused, unaligned, 0.5)
-    assert got[0] is x and got[1] is fused and got[2].is_contiguous() and torch.equal(got[2], unaligned)
-    assert readable(expanded, x, x, 0.5)[0].is_contiguous()
-    assert readable(x, x, x, 0.0)[3] > 0
-    flipped = readable(x, x, x, -0.5)
-    assert torch.equal(flipped[0], -x) and flipped[3] == 0.5
+    for grid in (None, TileGrid(3, 3, 5, 8, 3, 5, 4)):
+        got = readable(x, fused, unaligned, 0.5, grid=grid)
+        assert got[0] is x and got[1] is fused and got[2].is_contiguous() and torch.equal(got[2], unaligned)
+        assert readable(expanded, x, x, 0.5, grid=grid)[0].is_contiguous()
+        assert readable(x, x, x, 0.0, grid=grid)[4] > 0
+        flipped = readable(x, x, x, -0.5, grid=grid)
+        assert torch.equal(flipped[0], -x) and flipped[4] == 0.5
+    assert readable(x, x, x, 0.5, fused)[3] is fused
+    odd = readable(x, x, x, 0.5, unaligned)[3]
+    assert odd.is_contiguous() and torch.equal(odd, unaligned)

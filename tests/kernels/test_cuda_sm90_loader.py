@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,8 +16,9 @@ import torch
 from pack.kernels import KernelUnusable
 from pack.kernels.cuda_sm90 import cache as cache_module
 from pack.kernels.cuda_sm90 import launch, nvrtc
+from pack.kernels.cuda_sm90.boxes import Boxes, Coarse
 from pack.kernels.cuda_sm90.cache import Cache, CacheMiss
-from pack.kernels.cuda_sm90.driver import Driver, DriverError
+from pack.kernels.cuda_sm90.driver import NO_MAP, Driver, DriverError
 from pack.kernels.cuda_sm90.loader import Loader, constant, key
 from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
 
@@ -223,15 +225,17 @@ def test_a_launch_hands_over_what_the_kernel_declares(tmp_path):
     def launched(*args):
         seen["configuration"] = [a.value for a in args[1:8]]
         pointers = list(args[9])
-        kinds = [ctypes.c_void_p] * 5 + [ctypes.c_longlong] * 7 + [ctypes.c_int] * 3 + [ctypes.c_float]
-        seen["maps"] = pointers[:3]
-        seen["values"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers[3:], strict=True)]
+        kinds = [ctypes.c_void_p] * 6 + [ctypes.c_longlong] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float]
+        seen["maps"] = pointers[:6]
+        seen["boxes"], seen["coarse"] = Boxes.from_address(pointers[6]), Coarse.from_address(pointers[7])
+        seen["values"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers[8:], strict=True)]
+        assert (seen["boxes"].blocks, seen["coarse"].means) == (0, None)
         return 0
 
     cuda, tensors = FakeCuda(cuLaunchKernel=launched), operands()
     out, lse = launch.run(*tensors, 0.25, True, loader=loader(tmp_path, cuda))
     encoded = [args for name, args in cuda.calls if name == "cuTensorMapEncodeTiled"]
-    assert seen["maps"] == [ctypes.addressof(args[0]) for args in encoded]
+    assert seen["maps"] == [ctypes.addressof(NO_MAP)] * 3 + [ctypes.addressof(args[0]) for args in encoded]
     for args, x in zip(encoded, tensors):
         assert ctypes.addressof(args[0]) % 64 == 0 and ctypes.sizeof(args[0]) == 128
         assert [args[1].value, args[2].value, args[3].value] == [9, 5, x.data_ptr()]
@@ -240,7 +244,7 @@ def test_a_launch_hands_over_what_the_kernel_declares(tmp_path):
         assert [a.value for a in args[8:]] == [0, 3, 3, 0]
     assert seen["configuration"] == [2, 2, 1, constant("THREADS", 128), 1, 1, constant("SHARED_BYTES", 128)]
     *values, scale = seen["values"]
-    assert values == [*(x.data_ptr() for x in (out, lse, *tensors[3:])), 0, 0, 0, 1, 6, 3, 1, 3, 3, 3]
+    assert values == [*(x.data_ptr() for x in (out, lse, *tensors[3:])), None, 0, 0, 0, 1, 6, 3, 1, 3, 3, 3, 3, 192]
     assert scale == pytest.approx(0.25 * math.log2(math.e))
 
 
@@ -252,9 +256,28 @@ def launch_parameters():
 
 def test_the_parameters_stand_in_the_order_in_which_they_are_handed_over():
     assert launch_parameters() == [
-        "q_map", "k_map", "v_map", "out", "lse", "indices", "counts", "block_sizes", "stride_ib", "stride_ih",
-        "stride_iq", "stride_ik", "stride_cb", "stride_ch", "stride_cq", "longest", "query_blocks", "key_blocks",
-        "scale_log2e"]
+        "q_boxes", "k_boxes", "v_boxes", "q_packed", "k_packed", "v_packed", "boxes", "coarse", "out", "lse", "indices",
+        "counts", "block_sizes", "packed_rows", "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb",
+        "stride_ch", "stride_cq", "longest", "lists", "query_blocks", "key_blocks", "tokens", "scale_log2e"]
+
+
+@pytest.mark.parametrize("structure", [Boxes, Coarse])
+def test_the_fields_of_a_structure_stand_in_the_order_in_which_they_are_filled(structure):
+    from pack.kernels.cuda_sm90.loader import source
+    text = source().split(f"struct {structure.__name__} {{")[1].split("};")[0]
+    declared = [re.sub(r"\[\d+\]", "", name) for line in text.splitlines() if ";" in line
+                for name in re.findall(r"(\w+(?:\[\d+\])?)\s*[,;]", line.split("//")[0])]
+    assert declared == [name for name, _ in structure._fields_]
+
+
+def test_tensors_that_lie_alike_share_their_tensor_maps(tmp_path):
+    cuda, tensors = FakeCuda(), operands()
+    ready = loader(tmp_path, cuda)
+    for _ in range(3):
+        launch.run(*tensors, 0.25, False, loader=ready)
+    assert [name for name, _ in cuda.calls].count("cuTensorMapEncodeTiled") == 3
+    launch.run(tensors[0].clone(), *tensors[1:], 0.25, False, loader=ready)
+    assert [name for name, _ in cuda.calls].count("cuTensorMapEncodeTiled") == 4
 
 
 @pytest.mark.parametrize("cuda", [FakeCuda(cuTensorMapEncodeTiled=1), FakeCuda(cuLaunchKernel=1),

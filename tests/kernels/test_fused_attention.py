@@ -211,7 +211,7 @@ def edited(**changes):
     (dict(coarse=lambda x: x.half()), "in torch.float16, wanted [1, 1, tiles, 64] in torch.float32"),
     (dict(blocks_per_tile=2), "found 4 tiles of 2 blocks, wanted 1 to 6 blocks in all"),
     (dict(token_rows=None, q=lambda x: x[:, :64], k=lambda x: x[:, :64], v=lambda x: x[:, :64]),
-     "found gate or coarse without token_rows, wanted token_rows too"),
+     "found gate, coarse or tile_grid without token_rows, wanted token_rows too"),
 ])
 def test_operands_that_break_the_contract_are_named_with_what_was_wanted(changes, message):
     with pytest.raises(ValueError) as error:

@@ -55,6 +55,23 @@ def test_products_run_on_tensor_cores(table):
         assert row["HGMMA" if row["arch"] == "sm_90" else "HMMA"] > 0, row
 
 
+def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path):
+    from pack.kernels.triton.configs import BF16, CANDIDATES, config_for
+    report = tmp_path / "candidates.json"
+    done = subprocess.run([sys.executable, ROOT / "dev" / "aot.py", "--candidates", "--arch", "sm_86", "--sizes", "128",
+                           "--jobs", "2", "--json", report], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())
+    assert [(row["warps"], row["stages"]) for row in rows] == [config[:2] for config in CANDIDATES]
+    assert {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in rows} == {
+        ("sm_86", 128, "bf16", "gather combine lse")}
+    for row in rows:
+        fits, entry = row["shared KB"] <= SHARED_KB["sm_86"], config_for((8, 6), row["D"], BF16)
+        assert ("does not fit" in row["note"]) != fits and (row["CTAs"] > 0) == fits and row["HMMA"] > 0
+        assert ("spills" in row["note"]) == (row["spill B"] > 0)
+        assert ("in the table" in row["note"]) == ((row["warps"], row["stages"]) == entry[:2])
+
+
 LENGTHS = {"lists", "tokens", "tiles", "blocks_per_tile", "queries", "keys", "kept", "always"}
 CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "INTERPRET"},
              "tile_means_forward": {"D", "BLOCK", "PARTS"}, "score_tiles": {"D", "TILE", "DEPTH"},
@@ -136,3 +153,14 @@ for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 
         block_sparse.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile)
 print(*(len(set(map(id, one))) for one in built))
 """) == ["1", "1", "1", "1"]
+
+
+def test_launch_options_that_are_given_take_the_place_of_the_tables():
+    assert builds("""
+built = watch(block_sparse.block_sparse_forward)
+q = torch.zeros(1, 64, 1, 64, dtype=torch.bfloat16)
+lists, sizes = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+for config in (None, block_sparse.Config(8, 1)):
+    block_sparse.run(q, q, q, lists, lists[..., 0], sizes, 0.1, False, config=config)
+print(*(f"{one.metadata.num_warps},{one.metadata.num_stages}" for one in built))
+""") == ["4,2", "8,1"]
