@@ -14,7 +14,7 @@ FOUND := .cache/comfyui.found
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick bench aot gpu bench-gpu tune clean FORCE
+.PHONY: help setup demo test test-quick bench aot cubins gpu bench-gpu tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,6 +39,9 @@ bench: $(READY) ## the reference kernel against dense attention
 
 aot: $(READY) ## compile the Triton kernels ahead of time for every supported GPU
 	$(VENV)/bin/python dev/aot.py
+
+cubins: $(READY) ## build the CUDA kernel's bundled files anew, after a change of its source
+	$(VENV)/bin/python dev/bundle_cubins.py
 
 gpu: ## on an NVIDIA GPU: every kernel against the oracle, 1000 equal runs, compute-sanitizer where there is one
 	$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels

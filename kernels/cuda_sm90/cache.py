@@ -25,8 +25,9 @@ def default_folder() -> Path:
 class Cache:
     """Files named by their key, each a SHA-256 digest and then the content it belongs to."""
 
-    def __init__(self, folder: Path | None = None):
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, absent: str = "not built on this machine yet"):
+        """absent: what to say of a key that has no file. folder None: `default_folder`."""
+        self._folder, self._absent = folder, absent
 
     @property
     def folder(self) -> Path:
@@ -38,7 +39,7 @@ class Cache:
             path = self.folder / key
             stored = path.read_bytes()
         except FileNotFoundError:
-            raise CacheMiss("not built on this machine yet") from None
+            raise CacheMiss(self._absent) from None
         except (OSError, RuntimeError) as error:           # RuntimeError: a user without a home folder
             raise CacheMiss(f"cannot be read: {error}") from None
         digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]

@@ -17,7 +17,7 @@ ARCHITECTURE = "sm_90a"
 KERNEL = "block_sparse_forward"
 SOURCE = Path(__file__).with_name("block_sparse.cu")
 BUNDLED = Path(__file__).with_name("bundled")
-"""Cubins that the pack brings along, in files like those of the cache. May be absent."""
+"""Cubins that the pack brings along, in files like those of the cache (`make cubins`). May be absent."""
 
 
 @cache
@@ -65,7 +65,7 @@ class Loader:
     def __init__(self, driver: Callable[[], Driver] = Driver, nvrtc: Callable[[], Nvrtc] = Nvrtc,
                  disk: Cache | None = None, bundled: Cache | None = None):
         self._open_driver, self._open_nvrtc = driver, nvrtc
-        self._disk, self._bundled = disk or Cache(), bundled or Cache(BUNDLED)
+        self._disk, self._bundled = disk or Cache(), bundled or Cache(BUNDLED, "none of this source")
         self._driver: Driver | None = None
         self._functions: dict[tuple, object] = {}
         self._failures: dict[tuple, str] = {}

@@ -79,8 +79,15 @@ def _names(major: int) -> list[str]:
 def _open():
     for path in candidates():
         try:
+            _open_builtins(Path(path))
             return ctypes.CDLL(path)
         except OSError:
             continue
     raise NvrtcError(f"no {' or '.join(_names(12) + _names(13))} beside torch, in its nvidia packages or on the "
                      "library path (pip install nvidia-cuda-nvrtc-cu12)")
+
+
+def _open_builtins(library: Path) -> None:
+    """NVRTC opens its builtins by their bare name. CUDA 13's does not look beside itself, but finds what is open."""
+    for beside in (*library.parent.glob("libnvrtc-builtins.so.*"), *library.parent.glob("nvrtc-builtins64_*.dll")):
+        ctypes.CDLL(str(beside))

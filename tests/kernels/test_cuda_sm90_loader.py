@@ -206,6 +206,18 @@ def test_nvrtc_is_looked_for_beside_torch_in_its_packages_and_on_the_path(tmp_pa
         Nvrtc()
 
 
+def test_the_builtins_beside_nvrtc_are_opened_before_it(tmp_path, monkeypatch):
+    """NVRTC of CUDA 13 cannot compile otherwise: it neither has a search path of its own nor is one set for it."""
+    names = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"]
+    for name in names:
+        (tmp_path / name).touch()
+    opened = []
+    monkeypatch.setattr(nvrtc, "candidates", lambda: iter([str(tmp_path / names[1])]))
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda path: opened.append(Path(path).name))
+    nvrtc._open()
+    assert opened == names
+
+
 def test_the_names_on_windows_are_those_that_torch_ships(monkeypatch):
     monkeypatch.setattr(nvrtc.os, "name", "nt")
     names = nvrtc._names(12), nvrtc._names(13)

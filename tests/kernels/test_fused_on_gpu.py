@@ -1,6 +1,8 @@
 """The fused passes on a real GPU: gathered attention, tile means, selection, and all of them in a row."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from pack.kernels import (
 from pack.kernels.tile_ops import MEANS_KERNELS, SELECT_KERNELS, choose
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 from test_fused_attention import CASES, GATES, HALVES, operands, oracle, worst_error
+from test_tile_grid import CASES as GRIDS
+from test_tile_grid import expected, problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -26,7 +30,11 @@ def need(call):
             pytest.skip("no Triton here")
 
 
-@pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.source is not None], ids=lambda spec: spec.name)
+by_kernel = pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.source is not None],
+                                    ids=lambda spec: spec.name)
+
+
+@by_kernel
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_gathered_attention_agrees_with_the_oracle_in_every_query_block(spec, case, dtype):
@@ -38,6 +46,46 @@ def test_gathered_attention_agrees_with_the_oracle_in_every_query_block(spec, ca
     expected, expected_lse = oracle(**named)
     assert worst_error(out, expected, named["token_rows"]) <= GATES[dtype]
     assert (lse.double() - expected_lse).nan_to_num(nan=torch.inf).abs().max().item() <= 1e-3
+
+
+@by_kernel
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", GRIDS, ids=lambda case: case.why)
+def test_tiles_read_in_place_agree_with_the_oracle_in_every_block_of_the_grid(spec, case, dim, dtype):
+    named = problem(replace(case, dim=dim), dtype)
+    if reason := explain_kernels(Call("cuda", torch.cuda.get_device_capability(), dtype, dim))[spec.name]:
+        pytest.skip(f"{spec.name}: {reason}")
+    moved = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in named.items()}
+    out, lse = (x.cpu() for x in block_sparse_attention(**moved, backend=spec.name))
+    wanted, wanted_lse = expected(named)
+    assert worst_error(out, wanted, named["token_rows"]) <= GATES[dtype]
+    assert (lse.double() - wanted_lse).nan_to_num(nan=torch.inf).abs().max().item() <= 1e-3
+
+
+@by_kernel
+def test_a_clip_read_in_place_is_right_fits_in_memory_and_is_bit_equal_every_time(spec):
+    """21x30x52 tokens in tiles of 60 with text: long lists, rings that turn, dense query blocks beside sparse ones."""
+    call = Call("cuda", torch.cuda.get_device_capability(), torch.bfloat16, 128)
+    if reason := explain_kernels(call)[spec.name]:
+        pytest.skip(f"{spec.name}: {reason}")
+    md = VideoSparseAttentionMetadataBuilder().build(0, (21, 30, 52), (1, 1, 1), 0.9, "cuda", (3, 5, 4), suffix=77)
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v, gate = (torch.randn(1, md.total_seq_length, 4, 128, generator=generator, device="cuda").bfloat16()
+                     for _ in range(4))
+    impl, reference = (VideoSparseAttentionImpl(4, 128, backend=name) for name in (spec.name, "reference"))
+    first = impl.attend(q, k, v, md, gate)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    impl.attend(q, k, v, md, gate)
+    lists = 4 * (md.topk + md.num_other_blocks) * md.variable_block_sizes.numel() * 4
+    assert torch.cuda.max_memory_allocated() - before < 2 * q.nbytes + lists
+    for _ in range(200):
+        assert torch.equal(impl.attend(q, k, v, md, gate), first)
+    missed = (first.float() - reference.attend(q, k, v, md, gate).float()).norm(dim=(0, 3))    # [tokens, heads]
+    size = first.float().norm(dim=(0, 3))
+    right = missed <= 3 * GATES[torch.bfloat16] * size                 # a tile that nearly tied may be another one
+    assert right.float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dim", [64, 128])

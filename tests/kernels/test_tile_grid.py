@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -11,10 +11,13 @@ import torch
 
 import emulated_sm90
 import interpreted_kernel
+from pack import kernels
 from pack.kernels import TileGrid, block_sparse_attention, cuda_sm90, gathered, reference
 from pack.kernels.cuda_sm90 import launch
 from pack.kernels.cuda_sm90.boxes import LARGEST_COORDINATE, box_of, boxes_of
 from pack.kernels.cuda_sm90.loader import constant, source
+from pack.vsa_core.backends.sliding_tile_attn import SlidingTileAttentionImpl, SlidingTileAttentionMetadataBuilder
+from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 from pack.vsa_core.grid import TokenGrid
 from pack.vsa_core.layout import TileLayout
 from test_fused_attention import GATES, HALVES, INTERPRETER_GATES, oracle, worst_error
@@ -280,3 +283,41 @@ def test_the_op_takes_a_grid_and_keeps_its_promises_to_the_compiler():
     first, (*rest, grid) = list(named.values())[:6], list(named.values())[6:]
     op = torch.ops.video_sparse_attention.block_sparse_attention.default
     torch.library.opcheck(op, (*first, scale, "reference", return_lse, *rest, list(grid)))
+
+
+@pytest.fixture
+def emulated_backend(monkeypatch):
+    """The kernel under its own name on the CPU; making copies is an error."""
+    if reason := emulated_sm90.unavailable():
+        pytest.skip(reason)
+
+    def refuse(*args):
+        raise AssertionError("tokens were copied")
+
+    spec = replace(cuda_sm90.SPEC, load=lambda: emulated_sm90.run, device_types=("cpu",), source=None)
+    monkeypatch.setattr(kernels, "KERNELS", (spec, reference.SPEC))
+    monkeypatch.setattr(gathered, "on_copies", refuse)
+    return spec.name
+
+
+@pytest.mark.parametrize(("thw", "tile", "others"), [
+    ((5, 9, 7), (3, 5, 4), dict(suffix=70, hidden=(2,))), ((4, 8, 12), (4, 4, 8), dict(prefix=2))], ids=str)
+def test_video_sparse_attention_reads_its_tiles_in_place(emulated_backend, thw, tile, others):
+    md = VideoSparseAttentionMetadataBuilder().build(0, thw, (1, 1, 1), 0.5, "cpu", tile, **others)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, gate = (torch.randn(2, md.total_seq_length, 2, 64, generator=generator).bfloat16() for _ in range(4))
+    got, wanted = (VideoSparseAttentionImpl(2, 64, backend=name).attend(q, k, v, md, gate)
+                   for name in (emulated_backend, "reference"))
+    assert (got - wanted).float().norm() <= 4e-3 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("tile", [(6, 8, 8), (3, 5, 4)], ids=str)
+def test_windows_of_tiles_are_read_in_place(emulated_backend, tile):
+    windows = [[((1, 3, 1), (3, 1, 3), (1, 1, 1))]]
+    md = SlidingTileAttentionMetadataBuilder().build(windows, 0, (7, 9, 17), device="cpu", tile_size=tile, suffix=5,
+                                                     layer=0)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 7 * 9 * 17 + 5, 3, 64, generator=generator).bfloat16() for _ in range(3))
+    got, wanted = (SlidingTileAttentionImpl(3, 64, backend=name).attend(q, k, v, md)
+                   for name in (emulated_backend, "reference"))
+    assert (got - wanted).float().norm() <= 4e-3 * wanted.float().norm()

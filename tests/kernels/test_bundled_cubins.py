@@ -1,0 +1,63 @@
+"""The compiled kernels that the pack brings along belong to its source, byte for byte."""
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+import bundle_cubins
+from pack.kernels.cuda_sm90 import loader
+from pack.kernels.cuda_sm90.cache import Cache
+from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
+
+VARIANTS = [(dim, dtype) for dim in (64, 128) for dtype in ("bfloat16", "float16")]
+MADE_BY = (loader.BUNDLED / "NVRTC").read_text().strip()
+
+
+def test_every_variant_of_this_very_source_is_there_and_nothing_else():
+    """After a change of the source: make cubins."""
+    names = {loader.key(*variant) for variant in VARIANTS}
+    assert {path.name for path in loader.BUNDLED.iterdir()} == {*names, "NVRTC"}
+    for name in names:
+        assert Cache(loader.BUNDLED).read(name)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_nvrtc_builds_the_same_bytes(variant):
+    try:
+        nvrtc = Nvrtc()
+    except NvrtcError as error:
+        pytest.skip(str(error))
+    if nvrtc.version() != MADE_BY:
+        pytest.skip(f"NVRTC here is {nvrtc.version()}, the files were made by {MADE_BY}")
+    built, _ = nvrtc.compile(loader.source(), loader.SOURCE.name, loader.options(*variant))
+    assert Cache(loader.BUNDLED).read(loader.key(*variant)) == built
+
+
+def test_the_pack_loads_them_first_and_compiles_nothing(tmp_path):
+    loaded = []
+
+    class Driver:
+        def load(self, cubin, kernel, shared_bytes):
+            loaded.append(cubin)
+            return ctypes.c_void_p(1)
+
+    def no_compiler():
+        raise NvrtcError("must not be asked")
+
+    ready = loader.Loader(Driver, no_compiler, Cache(tmp_path))
+    for variant in VARIANTS:
+        ready.function(0, *variant)
+    assert loaded == [Cache(loader.BUNDLED).read(loader.key(*variant)) for variant in VARIANTS]
+    assert ready.steps().count("bundled cubin: loaded") == len(VARIANTS)
+
+
+def test_bundling_anew_removes_what_belongs_to_an_older_source(tmp_path, capsys):
+    try:
+        Nvrtc()
+    except NvrtcError as error:
+        pytest.skip(str(error))
+    (tmp_path / "block_sparse_forward-sm_90a-64-bfloat16-older.cubin").touch()
+    bundle_cubins.main(["--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {*(loader.key(*variant) for variant in VARIANTS), "NVRTC"}
+    assert capsys.readouterr().out.count(" bytes") == len(VARIANTS)
