@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ class Nvrtc:
         return f"{major.value}.{minor.value}"
 
     def compile(self, source: str, name: str, options: list[str]) -> tuple[bytes, str]:
-        """(cubin, log). Raises NvrtcError with the first error of the log."""
+        """(cubin, log). Raises NvrtcError with the first error of the log, or with what makes the code a slow one."""
+        options = [*options, "--ptxas-options=-v"]
         program = ctypes.c_void_p()
         self._check("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         try:
@@ -36,6 +38,8 @@ class Nvrtc:
             if code:
                 errors = [line.strip() for line in log.splitlines() if "error" in line] or [f"error {code}"]
                 raise NvrtcError(f"NVRTC {self.version()} refused the source: {errors[0]}")
+            if reason := why_slow(log):
+                raise NvrtcError(f"NVRTC {self.version()} made slow code of it: {reason}")
             return self._bytes(program, "CUBIN"), log
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -50,6 +54,14 @@ class Nvrtc:
     def _check(self, name: str, *arguments) -> None:
         if code := getattr(self._library, name)(*arguments):
             raise NvrtcError(f"{name} failed with error {code}")
+
+
+def why_slow(log: str) -> str | None:
+    """What ptxas says of code that has lost its speed: spilled registers, serialised products. None for good code."""
+    if serialised := re.search(r".*\bC75\d\d\b.*", log):
+        return serialised[0].strip()
+    spilled = max((int(count) for count in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)), default=0)
+    return f"{spilled} bytes of registers are spilled" if spilled else None
 
 
 def candidates() -> Iterator[str]:

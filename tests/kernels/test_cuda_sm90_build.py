@@ -20,7 +20,7 @@ def build_with_nvrtc(dim, dtype, folder):
         nvrtc = Nvrtc()
     except NvrtcError as error:
         pytest.skip(f"{error}")
-    return nvrtc.compile(source(), SOURCE.name, [*options(dim, dtype), "--ptxas-options=-v"])
+    return nvrtc.compile(source(), SOURCE.name, options(dim, dtype))
 
 
 def build_with_nvcc(dim, dtype, folder):
@@ -104,6 +104,26 @@ def test_exponentials_stand_between_the_two_waits_of_the_loop(builds, variant, t
     loop = events[start + 1:events.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", start)]
     assert events.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 1
     assert loop == ["MUFU.EX2"] * (2 * constant("SCORES", 64) + 2)
+
+
+SLOW = {
+    "spilled": ("PRODUCER_REGISTERS = 40", "PRODUCER_REGISTERS = 24", r"\d+ bytes of registers are spilled"),
+    "serialised": ("    multiply_keys<SCORES>(s, q, ring.held(1));\n    wgmma_commit();",
+                   "    s[0] += scale;\n    multiply_keys<SCORES>(s, q, ring.held(1));\n    wgmma_commit();",
+                   r"\(C75\d\d\)"),
+}
+
+
+@pytest.mark.parametrize("edit", SLOW.values(), ids=SLOW)
+def test_code_that_has_lost_its_speed_is_refused(edit):
+    try:
+        nvrtc = Nvrtc()
+    except NvrtcError as error:
+        pytest.skip(str(error))
+    found, replacement, message = edit
+    assert source().count(found) == 1
+    with pytest.raises(NvrtcError, match=f"made slow code of it: .*{message}"):
+        nvrtc.compile(source().replace(found, replacement), SOURCE.name, options(128, "bfloat16"))
 
 
 def test_an_error_in_the_source_is_reported_in_nvrtcs_words():
