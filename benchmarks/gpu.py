@@ -110,9 +110,10 @@ def measure(problem, dense, comparable, prepare, repeats) -> dict:
     return row | {"ms": median, "ms_lowest": min(times), "ms_highest": max(times), "tflops": flop / median / 1e9}
 
 
-def whole_op(shape, sparsity, device, repeats) -> dict:
+def whole_op(shape, sparsity, kernel, device, repeats) -> dict:
     """Milliseconds of the attention call that the node makes, with the automatic tile: means, scores, top-k, lists,
     attention, everything, from sequence order to sequence order. Its stages: benchmarks/stages.py."""
+    place = {"shape": shape.name, "sparsity": sparsity, "kernel": kernel}
     try:
         from pack.vsa_core.backends.video_sparse_attn import (
             VideoSparseAttentionImpl,
@@ -121,25 +122,21 @@ def whole_op(shape, sparsity, device, repeats) -> dict:
         from pack.vsa_core.tiling import auto_tile_size
         tokens = shape.grid[0] * shape.grid[1] * shape.grid[2]
         q, k, v = torch.randn(3, 1, tokens, shape.heads, shape.dim, device=device, dtype=torch.bfloat16)
-        kernel, tile = best_kernel(q), auto_tile_size(shape.grid)
+        tile = auto_tile_size(shape.grid)
         impl = VideoSparseAttentionImpl(shape.heads, shape.dim, backend=kernel)
         plan = VideoSparseAttentionMetadataBuilder().build(
             0, shape.grid, (1, 1, 1), sparsity, device, tile_size=tile, cache_tile_buf=False)
         times = milliseconds(lambda: impl.attend(q, k, v, plan), repeats, device)
-        return {"kernel": kernel, "tile": list(tile), "all": statistics.median(times),
-                "spread": [min(times), max(times)]}
+        return place | {"tile": list(tile), "ms": statistics.median(times), "ms_lowest": min(times),
+                        "ms_highest": max(times)}
     except Exception as error:
-        return {"reason": (str(error).splitlines() or [type(error).__name__])[0][:300]}
+        return place | {"reason": (str(error).splitlines() or [type(error).__name__])[0][:300]}
 
 
-def best_kernel(q) -> str:
-    """The first kernel that runs when chosen by name; on a GPU not the reference."""
-    from pack.kernels import Call, NoKernel, explain_kernels
-    reasons = explain_kernels(Call.of(q))
-    for name, reason in reasons.items():
-        if reason is None and not (q.is_cuda and name == "reference"):
-            return name
-    raise NoKernel(str(reasons))
+def own_kernels(device) -> list[str]:
+    """The pack's kernels that are compiled for a GPU; on a CPU the reference stands in for them."""
+    from pack.kernels import KERNELS
+    return [spec.name for spec in KERNELS if spec.source is not None] if device.type == "cuda" else ["reference"]
 
 
 def facts(device) -> dict:
@@ -187,24 +184,50 @@ def table(report) -> str:
         error = "own selection" if row["relative_l2"] is None else f"{row['relative_l2']:.1e}"
         lines.append(f"{head} {row['ms']:.3f} ({row['ms_lowest']:.3f} to {row['ms_highest']:.3f}) | "
                      f"{row['tflops']:.1f} | {ratio} | {error} |")
-    lines += ["", "| shape | sparsity | whole op, ms |", "|---|---|---|"]
+    lines += ["", "| shape | sparsity | kernel | tile | whole op, ms (lowest to highest) | over dense cuDNN |",
+              "|---|---|---|---|---|---|"]
     for row in report["whole_op"]:
-        stages = row.get("reason") or f"{row['kernel']}, tile {'x'.join(map(str, row['tile']))}: {row['all']:.3f}"
-        lines.append(f"| {row['shape']} | {row['sparsity']} | {stages} |")
+        head = f"| {row['shape']} | {row['sparsity']} | {row['kernel']} |"
+        if "ms" not in row:
+            lines.append(f"{head} | {row['reason']} | |")
+            continue
+        ratio = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        lines.append(f"{head} {'x'.join(map(str, row['tile']))} | {row['ms']:.3f} ({row['ms_lowest']:.3f} to "
+                     f"{row['ms_highest']:.3f}) | {ratio} |")
     return "\n".join(lines) + "\n"
+
+
+def save(report, text: str, folder: Path, suffix: str = "") -> Path:
+    """Write DATE-GPU{suffix}.json and, with the text, .md beside it; returns the JSON file."""
+    name = (report["hardware"]["gpu"] or "dry-run").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{report['date']}-{name}{suffix}.json"
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    target.with_suffix(".md").write_text(text)
+    print(text)
+    return target
+
+
+def start(args, device, **more) -> dict:
+    """A report with nothing measured yet."""
+    report = {"date": datetime.date.today().isoformat(), **facts(device), **more, "rows": []}
+    return report | ({"dry_run": True} if args.dry_run else {})
+
+
+def prepare_to_measure(args) -> torch.device:
+    """Load the pack and name the device to measure on. Exits without a GPU, unless nothing is measured."""
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
+    if "pack" not in sys.modules:
+        load_pack()
+    return torch.device("cpu" if args.dry_run else "cuda")
 
 
 def main(arguments=None) -> Path:
     """Measure and write; returns the JSON file."""
     args = parse(arguments)
-    if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
-    if "pack" not in sys.modules:
-        load_pack()
-    device, deadline = torch.device("cpu" if args.dry_run else "cuda"), time.monotonic() + args.seconds
-    report = {"date": datetime.date.today().isoformat(), **facts(device), "rows": [], "whole_op": []}
-    if args.dry_run:
-        report["dry_run"] = True
+    device, deadline = prepare_to_measure(args), time.monotonic() + args.seconds
+    report = start(args, device, whole_op=[])
     for shape in (shape for shape in SHAPES if shape.name in args.shapes):
         dense_rows: dict[str, dict] = {}
         size = TINY._replace(name=shape.name, dim=shape.dim) if args.dry_run else shape
@@ -221,22 +244,18 @@ def main(arguments=None) -> Path:
                     place = {"shape": shape.name, "sparsity": sparsity, "lists": lists, "name": name}
                     report["rows"].append(place | row)
                     print(report["rows"][-1], flush=True)
-            stages = {"reason": "not measured: no time left"}
-            if time.monotonic() < deadline:
-                stages = whole_op(size, sparsity, device, args.repeats)
-            report["whole_op"].append({"shape": shape.name, "sparsity": sparsity, **stages})
+            for kernel in own_kernels(device):
+                row = {"shape": shape.name, "sparsity": sparsity, "kernel": kernel,
+                       "reason": "not measured: no time left"}
+                if time.monotonic() < deadline:
+                    row = whole_op(size, sparsity, kernel, device, args.repeats)
+                report["whole_op"].append(row)
         reference = dense_rows.get(DENSE, {}).get("ms")
-        for row in report["rows"]:
+        for row in report["rows"] + report["whole_op"]:
             if row["shape"] == shape.name and "ms" in row:
                 row["speedup"] = None if reference is None else reference / row["ms"]
     report["kernels"] = verdicts(report["rows"])
-    gpu = (report["hardware"]["gpu"] or "dry-run").replace(" ", "-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / f"{report['date']}-{gpu}.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(report))
-    print(table(report))
-    return target
+    return save(report, table(report), args.out)
 
 
 if __name__ == "__main__":

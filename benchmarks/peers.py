@@ -66,7 +66,8 @@ def flex_attention(problem):
     mask = BlockMask.from_kv_blocks(problem.counts, padded, BLOCK_SIZE=BLOCK, mask_mod=is_valid,
                                     seq_lengths=(slots, slots))
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask).transpose(1, 2)
+    options = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}           # its own choice does not divide blocks of 64
+    return lambda: compiled(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
 
 
 def fastvideo(operator: str):

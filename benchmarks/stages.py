@@ -1,6 +1,6 @@
 """What every stage of the whole sparse attention costs, in sequence order and by the three steps with tiled copies.
 
-    python benchmarks/stages.py [--shapes NAME ...] [--sparsities 0.8 0.9] [--kernel triton] [--out benchmarks/results]
+    python benchmarks/stages.py [--shapes NAME ...] [--sparsities 0.8 0.9] [--kernels triton] [--out benchmarks/results]
     python benchmarks/stages.py --dry-run --out FOLDER      the same steps on a CPU with a tiny problem
 
 Writes DATE-GPU-stages.json and a Markdown table beside it. A stage that cannot run has its reason in place of a time.
@@ -9,8 +9,6 @@ Before a stage is timed its result is compared with torch's; one that is wrong i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import statistics
 import sys
@@ -21,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from block_problem import SHAPES, TINY  # noqa: E402
-from gpu import ROOT, facts, load_pack, milliseconds  # noqa: E402
+from gpu import ROOT, milliseconds, own_kernels, prepare_to_measure, save, start  # noqa: E402
 
 MEANS, SELECT = "tile means of q, k, v", "scores, top-k and lists"
 MEANS_TORCH, SELECT_TORCH = f"{MEANS}, torch", f"{SELECT}, torch"
@@ -35,7 +33,7 @@ def parse(arguments=None):
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.8, 0.9])
-    parser.add_argument("--kernel", default="triton", help="the attention kernel; its companions do the other stages")
+    parser.add_argument("--kernels", nargs="+", help="attention kernels to measure the stages with (default: all)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--dry-run", action="store_true")
@@ -120,12 +118,12 @@ def measure(stages, repeats, device) -> list[dict]:
 def table(report) -> str:
     """The report as Markdown."""
     hardware = report["hardware"]["gpu"] or "CPU, dry run: numbers mean nothing"
-    lines = [f"# Stages on {hardware}, {report['date']}, kernel {report['kernel']}", "",
-             "| shape | sparsity | stage | ms | memory beside the operands, MB |", "|---|---|---|---|---|"]
+    lines = [f"# Stages on {hardware}, {report['date']}", "",
+             "| shape | sparsity | kernel | stage | ms | memory beside the operands, MB |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         time = f"{row['ms']:.3f}" if "ms" in row else row["reason"]
         memory = f"{row['extra_mb']:.0f}" if "extra_mb" in row else ""
-        lines.append(f"| {row['shape']} | {row['sparsity']} | {row['stage']} | {time} | {memory} |")
+        lines.append(f"| {row['shape']} | {row['sparsity']} | {row['kernel']} | {row['stage']} | {time} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,29 +142,17 @@ def verdicts(rows) -> dict:
 def main(arguments=None) -> Path:
     """Measure and write; returns the JSON file."""
     args = parse(arguments)
-    if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
-    if "pack" not in sys.modules:
-        load_pack()
-    device = torch.device("cpu" if args.dry_run else "cuda")
-    kernel = "reference" if args.dry_run else args.kernel
-    report = {"date": datetime.date.today().isoformat(), **facts(device), "kernel": kernel, "rows": []}
-    if args.dry_run:
-        report["dry_run"] = True
+    device = prepare_to_measure(args)
+    report = start(args, device)
     for shape in (shape for shape in SHAPES if shape.name in args.shapes):
         size = TINY._replace(name=shape.name, dim=shape.dim) if args.dry_run else shape
         for sparsity in args.sparsities:
-            place = {"shape": shape.name, "sparsity": sparsity}
-            report["rows"] += [place | row for row in measure(
-                make_stages(size, sparsity, kernel, device), args.repeats, device)]
-    report["kernels"] = {} if args.dry_run or kernel != "triton" else verdicts(report["rows"])
-    name = (report["hardware"]["gpu"] or "dry-run").replace(" ", "-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / f"{report['date']}-{name}-stages.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(report))
-    print(table(report))
-    return target
+            for kernel in own_kernels(device) if args.dry_run else args.kernels or own_kernels(device):
+                place = {"shape": shape.name, "sparsity": sparsity, "kernel": kernel}
+                report["rows"] += [place | row for row in measure(
+                    make_stages(size, sparsity, kernel, device), args.repeats, device)]
+    report["kernels"] = {} if args.dry_run else verdicts(report["rows"])
+    return save(report, table(report), args.out, "-stages")
 
 
 if __name__ == "__main__":

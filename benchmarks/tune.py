@@ -10,9 +10,7 @@ A candidate that does not compile, launch or agree with the present entry has it
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import math
 import sys
 import time
@@ -23,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from block_problem import BLOCK, TINY, Shape  # noqa: E402
-from gpu import ROOT, facts, load_pack  # noqa: E402
+from gpu import ROOT, prepare_to_measure, save, start  # noqa: E402
 
 SHAPES = (Shape("H12 32760", 12, (21, 30, 52), 128), Shape("H24 32640", 24, (16, 34, 60), 128))
 """Each is measured with every head_dim."""
@@ -135,12 +133,12 @@ def one_round(launch, configs, device) -> list[float]:
     # Not counted: it keeps the GPU busy while the others are queued, else the first would be timed with its launch.
     launch(configs[0])
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in configs]
-    for config, (start, end) in zip(configs, events, strict=True):
-        start.record()
+    for config, (before, after) in zip(configs, events, strict=True):
+        before.record()
         launch(config)
-        end.record()
+        after.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
+    return [before.elapsed_time(after) for before, after in events]
 
 
 def measure(run, operands, present, rounds, share_ends, deadline) -> list[dict]:
@@ -239,20 +237,13 @@ def table(report) -> str:
 def main(arguments=None) -> Path:
     """Measure and write; returns the JSON file."""
     args = parse(arguments)
-    if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
-    if "pack" not in sys.modules:
-        load_pack()
+    device, deadline = prepare_to_measure(args), time.monotonic() + args.seconds
     from pack.kernels import Call
     from pack.kernels.proven import source_hash
     from pack.kernels.triton import SPEC
     from pack.kernels.triton.configs import config_for
-    device, deadline = torch.device("cpu" if args.dry_run else "cuda"), time.monotonic() + args.seconds
     run = load_kernel(device)
-    report = {"date": datetime.date.today().isoformat(), **facts(device), "source_hash": source_hash(SPEC.source),
-              "sparsity": args.sparsity, "rows": []}
-    if args.dry_run:
-        report["dry_run"] = True
+    report = start(args, device, source_hash=source_hash(SPEC.source), sparsity=args.sparsity)
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
     problems = list(itertools.product(sorted(set(args.head_dims)), dict.fromkeys(args.dtypes), shapes))
     for place, (dim, dtype, shape) in enumerate(problems):
@@ -266,13 +257,7 @@ def main(arguments=None) -> Path:
             run, operands, present, args.rounds, share_ends, deadline)]
         print(f"measured {place + 1} of {len(problems)}: {shape.name}, head_dim {dim}, {dtype}", flush=True)
     report["verdicts"] = verdicts(report["rows"], report["hardware"]["capability"])
-    name = (report["hardware"]["gpu"] or "dry-run").replace(" ", "-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / f"{report['date']}-{name}-tune.json"
-    target.write_text(json.dumps(report, indent=1) + "\n")
-    target.with_suffix(".md").write_text(table(report))
-    print(table(report))
-    return target
+    return save(report, table(report), args.out, "-tune")
 
 
 if __name__ == "__main__":

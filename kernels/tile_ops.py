@@ -22,7 +22,7 @@ def tile_means(parts: tuple[Tensor, ...], token_rows: Tensor, tiles: int, blocks
     parts: [B, S, H, D] each, one shape, dtype and device, any strides with D contiguous.
     token_rows: int32 [slots], as in `block_sparse_attention`; tile n owns the slots of its `blocks_per_tile` blocks
     and its tokens are the rows there that are not -1.   -> float32 [B, H, tiles, D] each (float64 for float64)
-    backend: the name of an attention kernel; its companion here runs even if unproven, where it takes the call.
+    backend: that of the attention. With a GPU kernel's name an unproven kernel runs here too, where it takes the call.
     Raises ValueError for operands that break this contract.
     """
     def fail(found, wanted):
@@ -69,11 +69,13 @@ def select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, b
 
 def choose(table: tuple[KernelSpec, ...], call: Call, backend: str = "auto",
            exclude: dict[str, str] | None = None) -> KernelSpec:
-    """The companion of the attention kernel `backend` if it runs `call`, else the first one that "auto" may take."""
+    """The first kernel that "auto" may take. With an attention kernel for GPUs by name also one that is unproven: who
+    names that one wants no torch around it. With "reference" torch's."""
     exclude = exclude or {}
     able = [spec for spec in table if not exclude.get(spec.name) and not self_test.refusal(spec, call)]
-    named = [spec for spec in able if spec.name.startswith(f"{backend}_") and spec.refusal(call) is None]
-    return (named or [spec for spec in able if spec.refusal(call, auto=True) is None])[0]
+    if backend == "reference":
+        return table[-1]
+    return next(spec for spec in able if spec.refusal(call, auto=backend == "auto") is None)
 
 
 def _run(table, call, device, backend, exclude, problem, operands):

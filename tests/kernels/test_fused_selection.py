@@ -213,10 +213,10 @@ def test_an_unproven_kernel_runs_only_when_its_attention_kernel_is_named(monkeyp
     table = tile_ops.SELECT_KERNELS
     monkeypatch.setattr(proven, "unproven", lambda kernel, source: "unproven")
     assert tile_ops.choose(table, GPU).name == "reference_select_tiles"
-    assert tile_ops.choose(table, GPU, "cuda_sm90").name == "reference_select_tiles"
+    assert tile_ops.choose(table, GPU, "cuda_sm90").name == "triton_select_tiles"
     assert tile_ops.choose(table, GPU, "triton").name == "triton_select_tiles"
     monkeypatch.setattr(proven, "unproven", lambda kernel, source: None)
-    assert tile_ops.choose(table, GPU).name == tile_ops.choose(table, GPU, "cuda_sm90").name == "triton_select_tiles"
+    assert tile_ops.choose(table, GPU).name == "triton_select_tiles"
     assert tile_ops.choose(table, GPU, "reference").name == "reference_select_tiles"
 
 
