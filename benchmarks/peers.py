@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from block_problem import BLOCK, Problem
+from block_problem import BLOCK, Problem, tile_sizes
 
 
 class Peer(NamedTuple):
@@ -53,18 +54,21 @@ def sdpa(backend: str):
     return prepare
 
 
+@lru_cache
+def is_valid(grid, device):
+    """The function that FlexAttention masks padding with: one per grid, since it compiles anew for another one."""
+    sizes = torch.tensor(tile_sizes(grid), dtype=torch.int32, device=device)
+    return lambda batch, head, query, key: key % BLOCK < sizes[key // BLOCK]
+
+
 def flex_attention(problem):
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
     q, k, v = heads_first(problem)
-    sizes, slots = problem.sizes, problem.q.shape[1]
-
-    def is_valid(batch, head, query, key):
-        return key % BLOCK < sizes[key // BLOCK]
-
-    padded = torch.zeros(*problem.indices.shape[:3], len(sizes), dtype=torch.int32, device=q.device)
+    slots = problem.q.shape[1]
+    padded = torch.zeros(*problem.indices.shape[:3], len(problem.sizes), dtype=torch.int32, device=q.device)
     padded[..., :problem.indices.shape[-1]] = problem.indices
-    mask = BlockMask.from_kv_blocks(problem.counts, padded, BLOCK_SIZE=BLOCK, mask_mod=is_valid,
-                                    seq_lengths=(slots, slots))
+    mask = BlockMask.from_kv_blocks(problem.counts, padded, BLOCK_SIZE=BLOCK,
+                                    mask_mod=is_valid(problem.shape.grid, q.device), seq_lengths=(slots, slots))
     compiled = torch.compile(flex_attention, dynamic=False)
     options = {"BLOCK_M": BLOCK, "BLOCK_N": BLOCK}           # its own choice does not divide blocks of 64
     return lambda: compiled(q, k, v, block_mask=mask, kernel_options=options).transpose(1, 2)
