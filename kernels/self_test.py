@@ -54,7 +54,7 @@ def ready(spec: KernelSpec, call: Call, device: torch.device, reference: Callabl
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise KernelUnusable("its self-test cannot run while a CUDA graph is recorded: run once before")
             if reason := spec.unproven():
-                log.warning("kernel %s was chosen by name and is %s", spec.name, reason)
+                log.warning("kernel %s was asked for and is %s", spec.name, reason)
             difference = difference or (_difference_and_gathered if spec.gathers(_GRID) else _difference)
             _verdicts[key] = _verdict(run, call, device, reference, difference)
             if _verdicts[key] is None:

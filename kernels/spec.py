@@ -93,7 +93,10 @@ class KernelSpec:
             return f"head_dim {call.head_dim} not in {self.head_dims}"
         if auto and call.device_type not in self.auto_device_types:
             return f"slower than dense attention on {call.device_type}; runs there only when chosen by name"
-        return self.unproven() if auto else None
+        if auto and (reason := self.unproven()):
+            return (f'{reason}. Choose backend "{self.name}" by name to use it: it is tested against the reference '
+                    "before its first use")
+        return None
 
 
 class KernelUnusable(RuntimeError):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from ..spec import KernelSpec
 
 
 def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    # Asked in every call; looking through the search path takes longer than all the rest of a choice.
+    if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton, on Windows triton-windows)"
     return None
 

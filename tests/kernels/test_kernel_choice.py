@@ -1,6 +1,8 @@
 """Which kernel runs a call, what is said when none does, and what the public op refuses."""
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -55,6 +57,7 @@ def test_triton_chosen_by_name_says_why_it_does_not_run(call, reason):
 def test_a_kernel_whose_package_is_absent_says_what_to_install(monkeypatch):
     import importlib.util
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     with pytest.raises(NoKernel, match="triton: triton is not installed .pip install triton, on Windows"):
         choose_kernel(GPU, "triton")
 
