@@ -15,8 +15,8 @@ from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
 from .tile_grid import TileGrid
 from .tile_ops import select_tiles, tile_means
 
-__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "KernelUnusable", "NoKernel",
-           "TileGrid", "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
+__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "KernelUnusable", "NoKernel", "TileGrid", "backend_list",
+           "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
 
 AUTO = "auto"
 KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
@@ -25,6 +25,19 @@ KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
 def explain_kernels(call: Call, auto: bool = False) -> dict[str, str | None]:
     """For every kernel in the order of preference: None if it runs `call`, else the reason why not."""
     return {spec.name: _refusal(spec, call, auto) for spec in KERNELS}
+
+
+def backend_list(call: Call, backend: str = AUTO, failed: dict[str, str] | None = None) -> list[str]:
+    """One line per kernel in the order of preference: that it can run `call` or why not, and where its code came from.
+
+    backend: what the user chose; a named kernel may run where "auto" passes over it.   failed: as `choose_kernel`'s.
+    """
+    lines = []
+    for spec in KERNELS:
+        reason = (failed or {}).get(spec.name) or _refusal(spec, call, auto=spec.name != backend)
+        origin = spec.origin()
+        lines.append(f"{spec.name}: {reason or 'can run'}{f' ({origin})' if origin else ''}")
+    return lines
 
 
 def _refusal(spec: KernelSpec, call: Call, auto: bool) -> str | None:

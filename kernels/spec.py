@@ -70,6 +70,8 @@ class KernelSpec:
     source: Path | None = None
     """The file that is compiled for the GPU. `auto` takes the kernel only when this very text has a GPU result."""
     missing: Callable[[], str | None] = lambda: None
+    origin: Callable[[], str] = lambda: ""
+    """Where the code that ran came from, and why an earlier source of it was skipped; empty before the first use."""
     gathers: Callable[[TileGrid | None], bool] = lambda grid: False
     """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 

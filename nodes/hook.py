@@ -241,9 +241,11 @@ class SparseAttentionHook:
         run = call.step.run
         if scale is not None and abs(scale - q.shape[-1] ** -0.5) > 1e-6 * scale:
             return None, "softmax scale other than head_dim ** -0.5"
+        asked = kernels.Call.of(q)
+        run.asked[asked] = None
         while True:
             try:
-                spec = kernels.choose_kernel(kernels.Call.of(q), self.settings.backend, run.failed)
+                spec = kernels.choose_kernel(asked, self.settings.backend, run.failed)
             except kernels.NoKernel as error:
                 if self.settings.strict or self.settings.backend != kernels.AUTO:
                     raise

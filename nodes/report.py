@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .hook import SparseAttentionHook
-from .status import status_text
+from .status import kernel_text, status_text
 from .tile_map import draw_tile_map
 
 
@@ -39,7 +39,9 @@ class SparseAttentionReport(io.ComfyNode):
         if not runs:
             raise ValueError("this model has not been sampled yet: connect `latent` to the output of the sampler "
                              "that uses it")
-        report = "\n".join(status_text(run, hook.settings.verbose) for hook, run in runs)
+        texts = [status_text(run, hook.settings.verbose) for hook, run in runs]
+        texts += dict.fromkeys(kernel_text(run, hook.settings.backend) for hook, run in runs if run.asked)
+        report = "\n".join(texts)
         image, shown = _picture([run for _, run in runs])
         previews = ui.PreviewImage(image, cls=cls).as_dict() if shown else {}
         entries = [entry for _, run in runs for entry in run.summary()]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import Call
 from ..vsa_core.grid import TokenGrid
 
 SPARSE, DENSE, OTHER = "sparse", "dense", "other"
@@ -46,6 +47,8 @@ class Run:
         self.records: dict[Any, GridRecord] = {}
         self.failed: dict[str, str] = {}
         """Kernels that raised in this run, with what they said."""
+        self.asked: dict[Call, None] = {}
+        """What kernels were asked to run, in the order of the first time."""
         self.dense: Counter[str] = Counter()
         self.other: Counter[str] = Counter()
         self.layers: dict[Any, Counter[str]] = defaultdict(Counter)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 
+from ..kernels import backend_list
 from .run import DENSE, SPARSE, Run
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,20 @@ def status_text(run: Run, verbose: bool = False) -> str:
     lines += run.notes
     if verbose:
         lines += _layer_lines(run)
+    return "\n".join(lines)
+
+
+def kernel_text(run: Run, backend: str) -> str:
+    """Every kernel and whether it could run the calls of this run, or why not. Empty when none was asked for.
+
+    backend: what the node's widget says.
+    """
+    lines = []
+    for call in run.asked:
+        card = "" if call.capability is None else " sm_{}{}".format(*call.capability)
+        dtype = str(call.dtype).removeprefix("torch.")
+        lines.append(f"kernels for {dtype}, head_dim {call.head_dim} on {call.device_type}{card}, backend {backend}:")
+        lines += [f"  {line}" for line in backend_list(call, backend, run.failed)]
     return "\n".join(lines)
 
 

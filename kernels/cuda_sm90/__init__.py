@@ -4,6 +4,7 @@ Importing this package neither opens a library nor compiles anything.
 """
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,11 @@ def _load():
     return run
 
 
+def _origin() -> str:
+    loader = sys.modules.get(f"{__name__}.loader")           # not imported: nothing was loaded
+    return "" if loader is None else loader.LOADER.steps()
+
+
 SPEC = KernelSpec(
     name="cuda_sm90",
     load=_load,
@@ -26,5 +32,6 @@ SPEC = KernelSpec(
     head_dims=(64, 128),
     capabilities=((9, 0),),
     source=Path(__file__).with_name("block_sparse.cu"),
+    origin=_origin,
     gathers=takes,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.kernels import KernelUnusable
+from pack.kernels import Call, KernelUnusable, backend_list
 from pack.kernels.cuda_sm90 import cache as cache_module
 from pack.kernels.cuda_sm90 import launch, nvrtc
 from pack.kernels.cuda_sm90.boxes import Boxes, Coarse
@@ -312,3 +312,15 @@ def test_importing_the_kernel_opens_no_library_and_reads_no_cache():
     code = ("import sys; sys.path.insert(0, 'tests'); import conftest, pack.kernels\n"
             "assert not {'pack.kernels.cuda_sm90.nvrtc', 'pack.kernels.cuda_sm90.driver'} & set(sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_where_the_code_came_from_is_in_the_backend_list(tmp_path, monkeypatch):
+    from pack.kernels.cuda_sm90 import loader as module
+    call = Call("cuda", (9, 0), torch.bfloat16, 128)
+    monkeypatch.setattr(module, "LOADER", loader(tmp_path, compiler=FakeNvrtc()))
+    assert backend_list(call, "cuda_sm90")[0] == "cuda_sm90: can run"
+    module.LOADER.function(0, 128, "bfloat16")
+    assert backend_list(call, "cuda_sm90")[0] == (
+        "cuda_sm90: can run (head_dim 128 bfloat16 on cuda:0: bundled cubin: not built on this machine yet; "
+        "disk cache: not built on this machine yet; NVRTC: loaded)")
+    assert backend_list(call)[0].startswith("cuda_sm90: unproven: ")

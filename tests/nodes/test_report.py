@@ -77,3 +77,40 @@ def test_the_report_node_refuses_a_model_that_is_not_patched_or_not_sampled(wan,
         SparseAttentionReport.execute({"samples": None}, wan)
     with pytest.raises(ValueError, match="has not been sampled yet"):
         SparseAttentionReport.execute({"samples": None}, vsa(wan))
+
+
+def report_of(model):
+    from pack.nodes.report import SparseAttentionReport
+    return SparseAttentionReport.execute({"samples": None}, model).args[1]
+
+
+@pytest.mark.parametrize(("backend", "reference"), [("auto", "can run"), ("reference", "can run")])
+def test_the_report_lists_every_kernel_and_why_it_could_not_run(wan, draw, backend, reference):
+    from pack.kernels import KERNELS
+    patched = node(wan, "7", backend=backend)
+    draw(patched)
+    head, *lines = report_of(patched).splitlines()[-1 - len(KERNELS):]
+    assert head == f"kernels for float32, head_dim 128 on cpu, backend {backend}:"
+    assert lines == ["  cuda_sm90: tensors are on cpu, needs cuda", "  triton: tensors are on cpu, needs cuda",
+                     f"  reference: {reference}"]
+
+
+def test_a_kernel_that_failed_in_this_run_is_listed_with_what_it_said(wan, draw, monkeypatch):
+    from dataclasses import replace
+
+    import pack.kernels
+    def broken(*args):
+        raise RuntimeError("no such luck")
+    spec = replace(pack.kernels.KERNELS[-1], name="broken", load=lambda: broken, origin=lambda: "disk cache: loaded")
+    monkeypatch.setattr(pack.kernels, "KERNELS", (spec, *pack.kernels.KERNELS))
+    patched = node(wan, "7")
+    draw(patched)
+    text = report_of(patched)
+    assert "  broken: failed in this run: RuntimeError: no such luck (disk cache: loaded)\n" in text
+    assert text.endswith("  reference: can run") and ", reference" in text
+
+
+def test_a_run_that_asked_no_kernel_lists_none(wan, draw):
+    patched = node(wan, "7", min_tokens=10000)
+    draw(patched)
+    assert "kernels for" not in report_of(patched)
