@@ -5,7 +5,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .hook import SparseAttentionHook
-from .status import kernel_text, status_text
+from .status import kernel_text, show_under_node, status_text
 from .tile_map import draw_tile_map
 
 
@@ -26,6 +26,7 @@ class SparseAttentionReport(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampler's output: it makes this node wait for the sampling."),
                 io.Model.Input("model", tooltip="The patched model that the sampler used."),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Latent.Output(), io.String.Output("report"), io.Image.Output("tile_map")],
         )
 
@@ -42,6 +43,7 @@ class SparseAttentionReport(io.ComfyNode):
         texts = [status_text(run, hook.settings.verbose) for hook, run in runs]
         texts += dict.fromkeys(kernel_text(run, hook.settings.backend) for hook, run in runs if run.asked)
         report = "\n".join(texts)
+        show_under_node(report, getattr(getattr(cls, "hidden", None), "unique_id", None))
         image, shown = _picture([run for _, run in runs])
         previews = ui.PreviewImage(image, cls=cls).as_dict() if shown else {}
         entries = [entry for _, run in runs for entry in run.summary()]

@@ -114,3 +114,13 @@ def test_a_run_that_asked_no_kernel_lists_none(wan, draw):
     patched = node(wan, "7", min_tokens=10000)
     draw(patched)
     assert "kernels for" not in report_of(patched)
+
+
+def test_the_report_stands_in_its_own_node(wan, draw, shown, monkeypatch):
+    from types import SimpleNamespace
+
+    from pack.nodes.report import SparseAttentionReport
+    patched = node(wan, "7")
+    draw(patched)
+    monkeypatch.setattr(SparseAttentionReport, "hidden", SimpleNamespace(unique_id="9"), raising=False)
+    assert ("9", report_of(patched)) == shown[-1]
