@@ -122,5 +122,6 @@ def test_the_report_stands_in_its_own_node(wan, draw, shown, monkeypatch):
     from pack.nodes.report import SparseAttentionReport
     patched = node(wan, "7")
     draw(patched)
-    monkeypatch.setattr(SparseAttentionReport, "hidden", SimpleNamespace(unique_id="9"), raising=False)
+    monkeypatch.setattr(SparseAttentionReport, "hidden", SimpleNamespace(
+        unique_id="9", prompt=None, extra_pnginfo=None), raising=False)
     assert ("9", report_of(patched)) == shown[-1]
