@@ -51,12 +51,12 @@ gpu: ## on an NVIDIA GPU: every kernel against the oracle, 1000 equal runs, comp
 			timeout 100 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) dev/self_test.py || exit 1; done; \
 	else echo "compute-sanitizer is not here: not run"; fi
 
-bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into benchmarks/results (under 9 minutes)
+bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into benchmarks/results (starts nothing new after 7 minutes, then the stages)
 	$(GPU_PYTHON) dev/self_test.py
 	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
 	$(GPU_PYTHON) benchmarks/stages.py --shapes "H12 32760" "H40 75600" --sparsities 0.9
 
-tune: ## on an NVIDIA GPU: times launch options of the Triton kernel for its table (under 5 minutes)
+tune: ## on an NVIDIA GPU: times launch options of the Triton kernel for its table (starts nothing new after 4 minutes)
 	$(GPU_PYTHON) benchmarks/tune.py --seconds 240
 
 clean: ## remove everything that was made, .cache first of all

@@ -43,6 +43,7 @@ def parse(arguments=None):
 def make_stages(shape, sparsity, kernel, device):
     """{stage: a function that runs it once}, all on one problem."""
     from pack.kernels import select_tiles, tile_means
+    from pack.kernels.tile_ops import MEANS_KERNELS, SELECT_KERNELS
     from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
     from pack.vsa_core.lowering import attend_lists_in_sequence
 
@@ -61,6 +62,8 @@ def make_stages(shape, sparsity, kernel, device):
         return torch.nn.functional.scaled_dot_product_attention(*means, scale=scale)
 
     added = coarse()
+    means_kernel, select_kernel = (table[0].name if device.type == "cuda" else kernel
+                                   for table in (MEANS_KERNELS, SELECT_KERNELS))
 
     def attend(*gated):
         return attend_lists_in_sequence(q, k, v, lists, counts, md, scale, kernel, *gated)
@@ -70,9 +73,9 @@ def make_stages(shape, sparsity, kernel, device):
         return impl.postprocess_output(impl.forward(*parts, md), md)
 
     return {
-        MEANS: lambda: torch.stack(tile_means((q, k, v), md.token_rows, tiles, backend=kernel)),
+        MEANS: lambda: torch.stack(tile_means((q, k, v), md.token_rows, tiles, backend=means_kernel)),
         MEANS_TORCH: lambda: torch.stack(tile_means((q, k, v), md.token_rows, tiles, backend="reference")),
-        SELECT: lambda: select_tiles(*means[:2], md.topk, scale, backend=kernel),
+        SELECT: lambda: select_tiles(*means[:2], md.topk, scale, backend=select_kernel),
         SELECT_TORCH: lambda: select_tiles(*means[:2], md.topk, scale, backend="reference"),
         COARSE: coarse, ATTENTION: attend, GATED: lambda: attend(gate, added),
         WHOLE: lambda: impl.attend(q, k, v, md), WHOLE_GATED: lambda: impl.attend(q, k, v, md, gate),

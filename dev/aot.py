@@ -21,9 +21,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+from load_pack import load_pack
+
 os.environ.pop("TRITON_INTERPRET", None)
 
-ROOT = Path(__file__).resolve().parent.parent
 POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "TOKEN_ROWS": "i32", "COARSE": "fp32",
             "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
             **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
@@ -50,14 +51,6 @@ class Card(NamedTuple):
 
 CARDS = {(8, 0): Card(163, 2048, 32), (8, 6): Card(99, 1536, 16), (8, 9): Card(99, 1536, 24),
          (9, 0): Card(227, 2048, 32), (12, 0): Card(99, 1536, 24)}
-
-
-def load_pack():
-    """Import the repository root as `pack`, whatever its folder is called."""
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules["pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["pack"])
 
 
 def name(capability):
@@ -108,8 +101,7 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
 
 def compile_row(capability, kernel_name, size, dtype, variant, options=None):
     """Compile one entry; returns the row of the report as a dict keyed by COLUMNS."""
-    if "pack" not in sys.modules:
-        load_pack()
+    load_pack()
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

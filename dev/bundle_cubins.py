@@ -2,26 +2,17 @@
 
     python dev/bundle_cubins.py [--out FOLDER]
 
-Needs NVRTC and no GPU. Files of an older source are removed. A test rebuilds them and compares, where it finds the
-same NVRTC.
+Needs NVRTC of CUDA 12 and no GPU. Files of an older source are removed. A test rebuilds them and compares, where it
+finds the same NVRTC.
 """
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_pack():
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules["pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["pack"])
+from load_pack import load_pack
 
 
 def main(arguments=None):
-    if "pack" not in sys.modules:
-        load_pack()
+    load_pack()
     from pack.kernels.cuda_sm90 import SPEC, loader
     from pack.kernels.cuda_sm90.cache import Cache
     from pack.kernels.cuda_sm90.nvrtc import Nvrtc
@@ -29,7 +20,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=loader.BUNDLED)
     folder = parser.parse_args(arguments).out
-    nvrtc, shelf, kept = Nvrtc(), Cache(folder), set()
+    nvrtc, shelf, kept = Nvrtc(majors=loader.BUNDLED_BY), Cache(folder), set()
     for head_dim in SPEC.head_dims:
         for dtype in (str(dtype).removeprefix("torch.") for dtype in SPEC.dtypes):
             name = loader.key(head_dim, dtype)

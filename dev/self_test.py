@@ -2,26 +2,15 @@
 
 Exits 1 when a kernel that this GPU could run fails, and when there is no GPU.
 """
-import importlib.util
-import sys
-from pathlib import Path
-
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_pack():
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules["pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["pack"])
+from load_pack import load_pack
 
 
 def main():
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device")
-    if "pack" not in sys.modules:
-        load_pack()
+    load_pack()
     from pack.kernels import KERNELS, Call, KernelUnusable, reference, self_test
     device, failed = torch.device("cuda", 0), False
     for spec in KERNELS:

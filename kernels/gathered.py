@@ -30,10 +30,11 @@ def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
     if tile_grid is not None:
         if len(tile_grid) != len(TileGrid._fields):
             return f"tile_grid {list(tile_grid)}", f"({', '.join(TileGrid._fields)})"
-        if invalid := TileGrid(*tile_grid).why_invalid(q.shape[1], blocks):
+        grid = TileGrid(*tile_grid)
+        if invalid := grid.why_invalid(q.shape[1], blocks):
             return invalid
-        if coarse is not None and TileGrid(*tile_grid).blocks_per_tile != blocks_per_tile:
-            return f"blocks_per_tile {blocks_per_tile}", f"tile_grid's {TileGrid(*tile_grid).blocks_per_tile}"
+        if coarse is not None and grid.blocks_per_tile != blocks_per_tile:
+            return f"blocks_per_tile {blocks_per_tile}", f"tile_grid's {grid.blocks_per_tile}"
     if (gate is None) != (coarse is None):
         return f"{'coarse without gate' if gate is None else 'gate without coarse'}", "both or none"
     if gate is None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference_tiles, self_test, triton
-from .spec import BLOCK, Call, KernelSpec, KernelUnusable
+from . import cuda_sm90, reference, reference_tiles, self_test, triton
+from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
 
+ATTENTION: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC)
+"""The attention kernels that those below may have to keep up with."""
 MEANS_KERNELS: tuple[KernelSpec, ...] = (triton.MEANS_SPEC, reference_tiles.MEANS_SPEC)
 SELECT_KERNELS: tuple[KernelSpec, ...] = (triton.SELECT_SPEC, reference_tiles.SELECT_SPEC)
 
@@ -22,8 +24,8 @@ def tile_means(parts: tuple[Tensor, ...], token_rows: Tensor, tiles: int, blocks
     parts: [B, S, H, D] each, one shape, dtype and device, any strides with D contiguous.
     token_rows: int32 [slots], as in `block_sparse_attention`; tile n owns the slots of its `blocks_per_tile` blocks
     and its tokens are the rows there that are not -1.   -> float32 [B, H, tiles, D] each (float64 for float64)
-    backend: that of the attention. With a GPU kernel's name an unproven kernel runs here too, where it takes the call.
-    Raises ValueError for operands that break this contract.
+    backend: that of the attention, or the name of a kernel in MEANS_KERNELS: see `choose`.
+    Raises ValueError for operands that break this contract, NoKernel where `choose` does.
     """
     def fail(found, wanted):
         raise ValueError(f"tile_means: found {found}, wanted {wanted}")
@@ -69,13 +71,21 @@ def select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, b
 
 def choose(table: tuple[KernelSpec, ...], call: Call, backend: str = "auto",
            exclude: dict[str, str] | None = None) -> KernelSpec:
-    """The first kernel that "auto" may take. With an attention kernel for GPUs by name also one that is unproven: who
-    names that one wants no torch around it. With "reference" torch's."""
+    """The first kernel that "auto" may take; around an attention kernel that is unproven itself, so that somebody must
+    have named it, also an unproven one; with "reference" torch's. A name in the table means that very kernel.
+
+    Raises NoKernel when a kernel of the table that is named cannot run.
+    """
     exclude = exclude or {}
-    able = [spec for spec in table if not exclude.get(spec.name) and not self_test.refusal(spec, call)]
-    if backend == "reference":
+    if backend == reference.SPEC.name:
         return table[-1]
-    return next(spec for spec in able if spec.refusal(call, auto=backend == "auto") is None)
+    named = [spec for spec in table if spec.name == backend]
+    auto = not named and not any(spec.name == backend and spec.unproven() for spec in ATTENTION)
+    for spec in named or table:
+        reason = exclude.get(spec.name) or self_test.refusal(spec, call) or spec.refusal(call, auto)
+        if reason is None:
+            return spec
+    raise NoKernel(f"{spec.name}: {reason}")
 
 
 def _run(table, call, device, backend, exclude, problem, operands):

@@ -52,6 +52,15 @@ def tiny(comfyui):
     return path
 
 
+@pytest.fixture(scope="module")
+def worker():
+    """A process that runs the Triton kernels in Triton's interpreter: for `interpreted_kernel`."""
+    pytest.importorskip("triton")
+    import interpreted_kernel
+    with interpreted_kernel.start() as pool:
+        yield pool
+
+
 def pytest_collection_modifyitems(items):
     """A test that takes a ComfyUI is a host test: `-m "not host"` leaves it out."""
     for item in items:

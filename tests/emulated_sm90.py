@@ -48,7 +48,7 @@ class EmulatedDriver:
     """Takes the launcher's calls. seed: another one is another order of events."""
 
     def __init__(self, seed: int = 0):
-        self.seed, self._maps, self.launches = seed, [], 0
+        self.seed, self._maps = seed, []
 
     def encode(self, address, dtype, layout):
         element_size = torch.tensor([], dtype=getattr(torch, dtype)).element_size()
@@ -59,7 +59,6 @@ class EmulatedDriver:
     def launch(self, library, grid, threads, shared_bytes, stream, arguments):
         message = ctypes.create_string_buffer(256)
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self.launches += 1
         if library.emulate(ctypes.c_uint64(self.seed), (ctypes.c_int * 3)(*grid), pointers, message):
             raise RuntimeError(message.value.decode())
 

@@ -4,7 +4,6 @@ Importing this package neither opens a library nor compiles anything.
 """
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ def _load():
 
 
 def _origin() -> str:
-    loader = sys.modules.get(f"{__name__}.loader")           # not imported: nothing was loaded
-    return "" if loader is None else loader.LOADER.steps()
+    from .loader import LOADER
+    return LOADER.steps()
 
 
 SPEC = KernelSpec(

@@ -59,7 +59,7 @@ def readable(q, k, v, scale: float, gate=None, grid: TileGrid | None = None):
     if scale < 0:
         q, scale = -q, -scale
     if gate is not None and not in_pairs(gate):
-        gate = gate.contiguous()
+        gate = gate.clone(memory_format=torch.contiguous_format)
     q, k, v = (x if fits(x, packed_layout(x) if grid is None else box_layout(x, grid, box_of(grid.tile)))
                else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     return q, k, v, gate, max(scale, SMALLEST_SCALE)
@@ -83,7 +83,8 @@ def grid_launches(driver: Driver, dtype: str, q, k, v, out, lse, indices, counts
     """(launch grid, arguments) of every batch, its tokens read in boxes: a tensor map has no dimension left for it."""
     boxes, box, blocks = boxes_of(grid), box_of(grid.tile), token_rows.numel() // BLOCK
     packed_rows = token_rows[boxes.blocks * BLOCK:]
-    packed = [x.index_select(1, packed_rows.clamp(min=0)) for x in (q, k, v)] if packed_rows.numel() else []
+    readable_rows = packed_rows.clamp(min=0)
+    packed = [x.index_select(1, readable_rows) for x in (q, k, v)] if packed_rows.numel() else []
     for b in range(q.shape[0]):
         def one(x, b=b):
             return None if x is None else x[b:b + 1]

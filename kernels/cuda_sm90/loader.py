@@ -18,6 +18,8 @@ KERNEL = "block_sparse_forward"
 SOURCE = Path(__file__).with_name("block_sparse.cu")
 BUNDLED = Path(__file__).with_name("bundled")
 """Cubins that the pack brings along, in files like those of the cache (`make cubins`). May be absent."""
+BUNDLED_BY = (12,)
+"""CUDA versions whose NVRTC builds them: a newer driver takes what an older CUDA compiled, not the other way round."""
 
 
 @cache

@@ -16,10 +16,10 @@ class NvrtcError(RuntimeError):
 
 
 class Nvrtc:
-    """libnvrtc. Raises NvrtcError when none can be opened."""
+    """libnvrtc of one of these CUDA versions, the first that opens. Raises NvrtcError when none does."""
 
-    def __init__(self, library=None):
-        self._library = library if library is not None else _open()
+    def __init__(self, library=None, majors: tuple[int, ...] | None = None):
+        self._library = library if library is not None else _open(majors or _majors())
 
     def version(self) -> str:
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -64,10 +64,14 @@ def why_slow(log: str) -> str | None:
     return f"{spilled} bytes of registers are spilled" if spilled else None
 
 
-def candidates() -> Iterator[str]:
-    """Where libnvrtc may be, that of torch's own CUDA version first: paths that exist, then bare names."""
+def _majors() -> tuple[int, ...]:
+    """Versions of CUDA, torch's own first."""
     own = int((torch.version.cuda or "12").split(".")[0])
-    majors = [own, *(major for major in (13, 12) if major != own)]
+    return own, *(major for major in (13, 12) if major != own)
+
+
+def candidates(majors: tuple[int, ...]) -> Iterator[str]:
+    """Where libnvrtc of these CUDA versions may be: paths that exist, then bare names."""
     roots = [Path(torch.__file__).parent / "lib"]
     for packages in dict.fromkeys(sysconfig.get_paths()[key] for key in ("purelib", "platlib")):
         roots += [Path(packages, "nvidia", "cuda_nvrtc", part) for part in ("lib", "bin")]
@@ -88,18 +92,22 @@ def _names(major: int) -> list[str]:
     return [f"libnvrtc.so.{major}"]
 
 
-def _open():
-    for path in candidates():
+def _open(majors):
+    for path in candidates(majors):
         try:
             _open_builtins(Path(path))
             return ctypes.CDLL(path)
         except OSError:
             continue
-    raise NvrtcError(f"no {' or '.join(_names(12) + _names(13))} beside torch, in its nvidia packages or on the "
-                     "library path (pip install nvidia-cuda-nvrtc-cu12)")
+    names = " or ".join(name for major in sorted(majors) for name in _names(major))
+    raise NvrtcError(f"no {names} beside torch, in its nvidia packages or on the library path "
+                     "(pip install nvidia-cuda-nvrtc-cu12)")
 
 
 def _open_builtins(library: Path) -> None:
     """NVRTC opens its builtins by their bare name. CUDA 13's does not look beside itself, but finds what is open."""
     for beside in (*library.parent.glob("libnvrtc-builtins.so.*"), *library.parent.glob("nvrtc-builtins64_*.dll")):
-        ctypes.CDLL(str(beside))
+        try:
+            ctypes.CDLL(str(beside))
+        except OSError:                                    # then NVRTC says what it misses when it compiles
+            pass

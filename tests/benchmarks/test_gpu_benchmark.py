@@ -1,10 +1,8 @@
 """The GPU benchmark goes through all its steps on a CPU: arguments, shapes, peers that are absent, files."""
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def gpu(load, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    yield importlib.import_module("gpu")
-    for name in ("gpu", "peers", "block_problem"):
-        sys.modules.pop(name, None)
+    return load("gpu")
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

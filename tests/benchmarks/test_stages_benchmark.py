@@ -1,23 +1,15 @@
 """The benchmark of the stages goes through all of them on a CPU, and times nothing that is wrong."""
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
-def stages(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("stages")
-    for name in ("stages", "gpu", "peers", "block_problem"):
-        sys.modules.pop(name, None)
+def stages(load):
+    return load("stages")
 
 
 def test_a_dry_run_times_every_stage_and_says_that_it_means_nothing(stages, tmp_path, capsys):

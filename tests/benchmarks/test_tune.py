@@ -1,27 +1,20 @@
 """The tuning goes through its steps on a CPU, reports what fails, and changes the table for more than noise only."""
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from pack.kernels.triton.configs import BF16, CANDIDATES, CONFIGS, DEFAULT, FP16, Config
 
-ROOT = Path(__file__).resolve().parents[2]
 LATER = math.inf
 
 
 @pytest.fixture
-def tune(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("tune")
-    for name in ("tune", "gpu", "peers", "block_problem"):
-        sys.modules.pop(name, None)
+def tune(load):
+    return load("tune")
 
 
 @pytest.fixture

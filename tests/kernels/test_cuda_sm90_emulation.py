@@ -110,5 +110,7 @@ def test_tensors_that_the_copy_engine_cannot_read_are_copied_and_others_are_not(
         flipped = readable(x, x, x, -0.5, grid=grid)
         assert torch.equal(flipped[0], -x) and flipped[4] == 0.5
     assert readable(x, x, x, 0.5, fused)[3] is fused
-    odd = readable(x, x, x, 0.5, unaligned)[3]
-    assert odd.is_contiguous() and torch.equal(odd, unaligned)
+    between = torch.randn(x.numel() + 1).bfloat16()[1:].view(x.shape)        # contiguous, and no pair is aligned
+    for odd in (unaligned, between):
+        got = readable(x, x, x, 0.5, odd)[3]
+        assert got.data_ptr() % 4 == 0 and got.is_contiguous() and torch.equal(got, odd)

@@ -194,28 +194,35 @@ def test_nvrtc_is_looked_for_beside_torch_in_its_packages_and_on_the_path(tmp_pa
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     names = nvrtc._names(13) + nvrtc._names(12)
-    assert list(nvrtc.candidates()) == names
+    assert list(nvrtc.candidates(nvrtc._majors())) == names
     places = [tmp_path / "nvidia" / "cu13" / "lib" / names[0], tmp_path / "torch" / "lib" / names[1],
               tmp_path / "nvidia" / "cuda_nvrtc" / "lib" / names[1]]
     for place in places:
         place.parent.mkdir(parents=True)
         place.touch()
-    assert list(nvrtc.candidates()) == [*map(str, places), *names]
+    assert list(nvrtc.candidates(nvrtc._majors())) == [*map(str, places), *names]
+    assert list(nvrtc.candidates((12,))) == [*map(str, places[1:]), names[1]]
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("cannot open")))
     with pytest.raises(NvrtcError, match="pip install nvidia-cuda-nvrtc-cu12"):
         Nvrtc()
 
 
-def test_the_builtins_beside_nvrtc_are_opened_before_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_builtins_beside_nvrtc_are_opened_before_it(tmp_path, monkeypatch, broken):
     """NVRTC of CUDA 13 cannot compile otherwise: it neither has a search path of its own nor is one set for it."""
     names = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"]
     for name in names:
         (tmp_path / name).touch()
     opened = []
-    monkeypatch.setattr(nvrtc, "candidates", lambda: iter([str(tmp_path / names[1])]))
-    monkeypatch.setattr(nvrtc.ctypes, "CDLL", lambda path: opened.append(Path(path).name))
-    nvrtc._open()
-    assert opened == names
+
+    def open_library(path):
+        opened.append(Path(path).name)
+        if broken and "builtins" in Path(path).name:
+            raise OSError("cannot open")
+        return path
+    monkeypatch.setattr(nvrtc, "candidates", lambda majors: iter([str(tmp_path / names[1])]))
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", open_library)
+    assert nvrtc._open((13,)) == str(tmp_path / names[1]) and opened == names
 
 
 def test_the_names_on_windows_are_those_that_torch_ships(monkeypatch):

@@ -121,13 +121,6 @@ def worst_error(out, expected, token_rows):
     return worst
 
 
-@pytest.fixture(scope="module")
-def worker():
-    pytest.importorskip("triton")
-    with interpreted_kernel.start() as pool:
-        yield pool
-
-
 @pytest.fixture(params=[REFERENCE, COPIES, INTERPRETED])
 def kernel(request):
     """(run by operands' names, gates)"""

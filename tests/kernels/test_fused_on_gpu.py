@@ -15,7 +15,7 @@ from pack.kernels import (
     select_tiles,
     tile_means,
 )
-from pack.kernels.tile_ops import MEANS_KERNELS, SELECT_KERNELS, choose
+from pack.kernels.tile_ops import MEANS_KERNELS, SELECT_KERNELS
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 from test_fused_attention import CASES, GATES, HALVES, operands, oracle, worst_error
 from test_tile_grid import CASES as GRIDS
@@ -24,10 +24,14 @@ from test_tile_grid import expected, problem
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def need(call):
-    for table in (MEANS_KERNELS, SELECT_KERNELS):
-        if choose(table, call, "triton") is table[-1]:
-            pytest.skip("no Triton here")
+MEANS, SELECT = MEANS_KERNELS[0], SELECT_KERNELS[0]
+
+
+def need(*specs, dtype, dim):
+    """Skip with a kernel's own words where it does not run on this GPU."""
+    for spec in specs:
+        if reason := spec.refusal(Call("cuda", torch.cuda.get_device_capability(), dtype, dim)):
+            pytest.skip(f"{spec.name}: {reason}")
 
 
 by_kernel = pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.source is not None],
@@ -91,18 +95,18 @@ def test_a_clip_read_in_place_is_right_fits_in_memory_and_is_bit_equal_every_tim
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("keys, k", [(1, 1), (77, 77), (546, 55), (1440, 144), (2160, 1), (4096, 410)])
 def test_exact_scores_give_exactly_the_lists_of_torch(keys, k, dim):
-    need(Call("cuda", torch.cuda.get_device_capability(), torch.float32, dim))
+    need(SELECT, dtype=torch.float32, dim=dim)
     generator = torch.Generator().manual_seed(keys)
     queries, means = (torch.randint(-3, 4, (1, 3, n, dim), generator=generator).float() for n in (200, keys))
     wanted = reference_tiles.select_tiles(queries, means, k, 0.125, 1, 2)
-    assert torch.equal(select_tiles(queries.cuda(), means.cuda(), k, 0.125, 1, 2, backend="triton").cpu(), wanted)
+    assert torch.equal(select_tiles(queries.cuda(), means.cuda(), k, 0.125, 1, 2, backend=SELECT.name).cpu(), wanted)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("thw, tile, others", [((21, 30, 52), (4, 4, 4), {}), ((9, 21, 33), (3, 5, 4), dict(suffix=77)),
                                                ((9, 40, 50), (4, 8, 8), dict(prefix=5))], ids=str)
 def test_means_and_the_whole_op_are_those_of_torch_and_bit_equal_every_time(thw, tile, others, dtype):
-    need(Call("cuda", torch.cuda.get_device_capability(), dtype, 128))
+    need(MEANS, dtype=dtype, dim=128)
     md = VideoSparseAttentionMetadataBuilder().build(0, raw_latent_shape=thw, patch_size=(1, 1, 1), VSA_sparsity=0.8,
                                                      device="cuda", tile_size=tile, **others)
     generator = torch.Generator("cuda").manual_seed(1)
@@ -110,7 +114,7 @@ def test_means_and_the_whole_op_are_those_of_torch_and_bit_equal_every_time(thw,
                      for _ in range(4))
     tiles, per_tile = md.variable_block_sizes.shape[0], md.blocks_per_tile
     for got, wanted in zip(*(tile_means((q, k, v), md.token_rows, tiles, per_tile, name)
-                             for name in ("triton", "reference"))):
+                             for name in (MEANS.name, "reference"))):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     seen = []
     impl = VideoSparseAttentionImpl(3, 128, backend="triton", on_selection=lambda tiles, md: seen.append(tiles))

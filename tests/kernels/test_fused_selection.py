@@ -8,18 +8,11 @@ import pytest
 import torch
 
 import interpreted_kernel
-from pack.kernels import Call, reference_tiles, select_tiles, tile_means, tile_ops
+from pack.kernels import Call, NoKernel, reference_tiles, select_tiles, tile_means, tile_ops
 from pack.kernels.spec import KernelSpec
 
 NAN = float("nan")
 TORCH, INTERPRETED = "torch", "triton in the interpreter"
-
-
-@pytest.fixture(scope="module")
-def worker():
-    pytest.importorskip("triton")
-    with interpreted_kernel.start() as pool:
-        yield pool
 
 
 @pytest.fixture(params=[TORCH, INTERPRETED])
@@ -208,13 +201,17 @@ GPU = Call("cuda", (8, 9), torch.float32, 128)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_an_unproven_kernel_runs_only_when_its_attention_kernel_is_named(monkeypatch):
+def test_an_unproven_kernel_runs_only_by_name_or_around_an_attention_kernel_that_is_unproven_itself(monkeypatch):
     from pack.kernels import proven
     table = tile_ops.SELECT_KERNELS
     monkeypatch.setattr(proven, "unproven", lambda kernel, source: "unproven")
     assert tile_ops.choose(table, GPU).name == "reference_select_tiles"
     assert tile_ops.choose(table, GPU, "cuda_sm90").name == "triton_select_tiles"
     assert tile_ops.choose(table, GPU, "triton").name == "triton_select_tiles"
+    monkeypatch.setattr(proven, "unproven", lambda kernel, source: "unproven" if kernel.endswith("tiles") else None)
+    for backend in ("auto", "triton", "cuda_sm90"):            # "auto" may have taken these two
+        assert tile_ops.choose(table, GPU, backend).name == "reference_select_tiles"
+    assert tile_ops.choose(table, GPU, "triton_select_tiles").name == "triton_select_tiles"
     monkeypatch.setattr(proven, "unproven", lambda kernel, source: None)
     assert tile_ops.choose(table, GPU).name == "triton_select_tiles"
     assert tile_ops.choose(table, GPU, "reference").name == "reference_select_tiles"
@@ -226,6 +223,8 @@ def test_torch_takes_what_no_other_kernel_takes(call):
     for table in (tile_ops.MEANS_KERNELS, tile_ops.SELECT_KERNELS):
         for backend in ("auto", "triton", "cuda_sm90", "reference"):
             assert tile_ops.choose(table, call, backend) is table[-1]
+        with pytest.raises(NoKernel, match=f"{table[0].name}: "):
+            tile_ops.choose(table, call, table[0].name)
 
 
 def test_a_row_longer_than_a_kernel_holds_and_a_kernel_that_fails_go_to_torch(monkeypatch):

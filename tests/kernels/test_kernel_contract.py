@@ -97,13 +97,6 @@ def operands(case, dtype):
     return q, k, v, indices, counts, torch.tensor(case.sizes, dtype=torch.int32)
 
 
-@pytest.fixture(scope="module")
-def worker():
-    pytest.importorskip("triton")
-    with interpreted_kernel.start() as pool:
-        yield pool
-
-
 @pytest.fixture(params=[REFERENCE, INTERPRETED, EMULATED])
 def kernel(request):
     """(run, gates)"""

@@ -85,13 +85,6 @@ def expected(named):
     return oracle(**{name: value for name, value in named.items() if name != "tile_grid"})
 
 
-@pytest.fixture(scope="module")
-def worker():
-    pytest.importorskip("triton")
-    with interpreted_kernel.start() as pool:
-        yield pool
-
-
 @pytest.fixture(params=[REFERENCE, COPIES, INTERPRETED, EMULATED])
 def kernel(request):
     """(run by operands' names, gates)"""

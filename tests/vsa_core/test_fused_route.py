@@ -80,13 +80,6 @@ def test_every_triton_kernel_together_gives_what_the_oracle_gives(worker, thw, t
     assert float(relative_l2_per_tile(out, wanted, thw, tile, *place).max()) <= bound
 
 
-@pytest.fixture(scope="module")
-def worker():
-    pytest.importorskip("triton")
-    with interpreted_kernel.start() as pool:
-        yield pool
-
-
 class Allocations(TorchDispatchMode):
     """Every storage that an operator returns while the mode is on, but for those of the operands."""
 
