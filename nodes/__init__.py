@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .attach_vsa_gates import VSAGatesAttach
-from .load_sparse_diffusion_model import SparseDiffusionModelLoader
-from .report import SparseAttentionReport
-from .sliding_tile_attention import SlidingTileAttentionPatch
-from .strategy_files import LoadSTAStrategy, SaveSTAStrategy
-from .strategy_search import STAStrategySearch
-from .video_sparse_attention import VideoSparseAttentionPatch
+from .evidence.report import SparseAttentionReport
+from .methods.sliding_tile_attention import SlidingTileAttentionPatch
+from .methods.video_sparse_attention import VideoSparseAttentionPatch
+from .strategies.strategy_files import LoadSTAStrategy, SaveSTAStrategy
+from .strategies.strategy_search import STAStrategySearch
+from .trained.attach_vsa_gates import VSAGatesAttach
+from .trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     VideoSparseAttentionPatch, SparseAttentionReport, SparseDiffusionModelLoader, VSAGatesAttach,

@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {"kernels": {"kernels"}, "vsa_core": {"vsa_core", "kernels"}, "checkpoints": {"checkpoints"},
            "nodes": {"nodes", "vsa_core", "kernels", "checkpoints"}}
+NODE_ROOMS = ("strategies", "methods", "trained", "evidence", "hook", "families")
+"""The rooms of nodes/: each imports from itself and from those behind it."""
 FILES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 
 
@@ -27,6 +29,15 @@ def test_imports_run_from_nodes_to_vsa_core_to_kernels(path):
     room = path.relative_to(ROOT).parts[0]
     for target in relative_imports(path):
         assert target and target[0] in ALLOWED[room], f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
+
+
+def test_the_rooms_of_nodes_import_downwards_only():
+    assert {path.name for path in (ROOT / "nodes").iterdir() if (path / "__init__.py").exists()} == set(NODE_ROOMS)
+    for place, room in enumerate(NODE_ROOMS):
+        for path in (ROOT / "nodes" / room).rglob("*.py"):
+            for target in relative_imports(path):
+                if target[0] == "nodes":
+                    assert target[1] in NODE_ROOMS[place:], f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
 
 
 @pytest.mark.parametrize("folder", ["vsa_core/backends", "nodes/families"])

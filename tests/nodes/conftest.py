@@ -28,7 +28,7 @@ def wan(load_tiny):
 @pytest.fixture
 def vsa(comfyui):
     """vsa(model, sparsity=..., ...) -> the clone that the node returns; tiny clips are not too small for it."""
-    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch
+    from pack.nodes.methods.video_sparse_attention import VideoSparseAttentionPatch
 
     def patch(model, sparsity=0.5, **widgets):
         widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
@@ -39,7 +39,7 @@ def vsa(comfyui):
 @pytest.fixture
 def sta(comfyui):
     """sta(model, window, ...) -> the clone that the node returns; tiny clips are not too small for it."""
-    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
+    from pack.nodes.methods.sliding_tile_attention import SlidingTileAttentionPatch
 
     def patch(model, window="1x1x1", **widgets):
         widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
@@ -65,7 +65,7 @@ def method(request):
 @pytest.fixture
 def run_of(comfyui):
     """run_of(patched model) -> what its last sampling did."""
-    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.hook.hook import SparseAttentionHook
     return lambda model: SparseAttentionHook.of(model)[-1].last_run
 
 
@@ -92,7 +92,7 @@ def gate_file(tiny):
 @pytest.fixture
 def with_gates(comfyui):
     """with_gates(model, path) -> a clone with the gates of that file."""
-    from pack.nodes.gate_files import with_gates
+    from pack.nodes.trained.gate_files import with_gates
     return with_gates
 
 

@@ -99,7 +99,7 @@ class Witness:
 
 @variants
 def test_the_layer_index_is_the_index_of_the_block_that_calls(load_tiny, method, sampled, case: Case):
-    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.hook.hook import SparseAttentionHook
     model = load_tiny(case.checkpoint)
     hook = SparseAttentionHook.of(patched := method[0](model))[0]
     hook.method = witness = Witness(hook.method, model.model.diffusion_model)

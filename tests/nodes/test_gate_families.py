@@ -48,7 +48,7 @@ def test_the_gates_of_a_fasth3_lora_equal_those_of_a_whole_model(load_tiny, with
     safetensors.torch.save_file(lora, tmp_path / "lora.safetensors",
                                 {"finetuned_model": "FastVideo/FastVideo-FastH3-4-step-v1"})
     from_lora = with_gates(model, tmp_path / "lora.safetensors")
-    from pack.nodes.gates import gates_of
+    from pack.nodes.trained.gates import gates_of
     assert gates_of(from_lora).trained.name == "FastH3"
     found = draw(vsa(from_lora, 0.9), (3, 8, 12))
     assert torch.equal(found, draw(vsa(with_gates(model, tmp_path / "whole.safetensors"), 0.9), (3, 8, 12)))

@@ -8,7 +8,7 @@ GRID = (5, 10, 12)
 
 def gate_weights(model):
     """layer -> (weight, bias) as they are applied, patches included."""
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     patcher = model.get_additional_models_with_key(KEY)[0]
     patcher.patch_model(torch.device("cpu"))
     try:
@@ -47,7 +47,7 @@ def test_gates_are_found_under_every_prefix(wan, gates, with_gates, write, prefi
 
 
 def test_only_the_gates_of_a_file_are_read(wan, gate_file, with_gates, monkeypatch):
-    from pack.nodes import gate_files
+    from pack.nodes.trained import gate_files
     read, original = [], gate_files.read_tensors
     monkeypatch.setattr(gate_files, "read_tensors",
                         lambda checkpoint, names: original(checkpoint, read.extend(names) or read))

@@ -104,9 +104,9 @@ def test_the_gated_call_combines_coarse_and_fine_as_upstream_does(comfyui, dtype
     """attend() on a call with a gate, batch 2: coarse * gate + fine, the gate being its layer applied to the input."""
     from types import SimpleNamespace
 
-    from pack.nodes.gates import FED
-    from pack.nodes.run import Run
-    from pack.nodes.video_sparse_attention import VideoSparseMethod
+    from pack.nodes.hook.run import Run
+    from pack.nodes.methods.video_sparse_attention import VideoSparseMethod
+    from pack.nodes.trained.gates import FED
     from pack.vsa_core.grid import TokenGrid
     generator = torch.Generator().manual_seed(8)
     tokens = math.prod(GRID)
@@ -129,9 +129,9 @@ def test_the_gated_call_combines_coarse_and_fine_as_upstream_does(comfyui, dtype
 def test_keeping_every_tile_gives_dense_attention_plus_the_gated_coarse_term(comfyui):
     from types import SimpleNamespace
 
-    from pack.nodes.gates import FED
-    from pack.nodes.run import Run
-    from pack.nodes.video_sparse_attention import VideoSparseMethod
+    from pack.nodes.hook.run import Run
+    from pack.nodes.methods.video_sparse_attention import VideoSparseMethod
+    from pack.nodes.trained.gates import FED
     from pack.vsa_core.grid import TokenGrid
     q, k, v = torch.randn(3, 1, math.prod(GRID), HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(9))
     call = SimpleNamespace(record=None, sampled=False, kernel="reference", layer=0,

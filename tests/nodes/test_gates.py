@@ -77,7 +77,7 @@ def test_the_plain_model_is_bit_equal_before_and_after(wan, gated, tile_4x4x4, d
 
 
 def test_a_clone_uses_the_gates_and_shares_their_memory(gated, tile_4x4x4, draw):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     patched = tile_4x4x4(gated)
     clone = patched.clone().clone()
     assert torch.equal(draw(clone, GRID), draw(patched, GRID))
@@ -85,7 +85,7 @@ def test_a_clone_uses_the_gates_and_shares_their_memory(gated, tile_4x4x4, draw)
 
 
 def test_copying_model_options_deeply_copies_no_gates(gated):
-    from pack.nodes.gates import gates_of
+    from pack.nodes.trained.gates import gates_of
     options = copy.deepcopy({"transformer_options": {"video_sparse_attention.gates": gates_of(gated)}})
     assert options["transformer_options"]["video_sparse_attention.gates"] is gates_of(gated)
 
@@ -147,7 +147,7 @@ def test_an_interrupt_halfway_leaves_no_hooks_and_no_trace(wan, gated, tile_4x4x
 @pytest.mark.parametrize("layer", [0, 1])
 def test_an_exception_in_a_pre_hook_reaches_the_user_and_leaves_nothing(wan, gated, tile_4x4x4, draw, monkeypatch,
                                                                         layer):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     patched, plain = tile_4x4x4(gated), draw(wan, GRID)
     expected = draw(patched, GRID)
     feeds = patched.get_additional_models_with_key(KEY)[0].model.feeds
@@ -166,7 +166,7 @@ def test_an_exception_in_a_pre_hook_reaches_the_user_and_leaves_nothing(wan, gat
 def test_gates_are_freed_with_the_last_model_that_has_them(gated, tile_4x4x4, draw):
     import comfy.model_management as mm
 
-    from pack.nodes.gates import KEY, GateLayers
+    from pack.nodes.trained.gates import KEY, GateLayers
 
     def gate_bytes():
         gc.collect()
@@ -175,8 +175,8 @@ def test_gates_are_freed_with_the_last_model_that_has_them(gated, tile_4x4x4, dr
 
     kept = gated.get_additional_models_with_key(KEY)[0].model
     before = gate_bytes()
-    from pack.nodes.gate_files import open_gates
-    from pack.nodes.gates import attach, gates_of
+    from pack.nodes.trained.gate_files import open_gates
+    from pack.nodes.trained.gates import attach, gates_of
     patcher = open_gates(gated_path(gated), torch.float32, gated.load_device, gated.offload_device)
     patched = tile_4x4x4(attach(gated, patcher, gates_of(gated).trained, "self_attn"))
     gone = weakref.ref(patcher.model)
@@ -188,13 +188,13 @@ def test_gates_are_freed_with_the_last_model_that_has_them(gated, tile_4x4x4, dr
 
 
 def gated_path(gated):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     return gated.get_additional_models_with_key(KEY)[0].cached_patcher_init[1][0]
 
 
 def test_gates_under_low_memory_give_the_same(gated, tile_4x4x4, draw):
     """As `--lowvram` loads them: every layer that does not fit is cast when it is called."""
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     patcher = gated.get_additional_models_with_key(KEY)[0]
     x = torch.randn(1, 9, 256)
     wanted = patcher.model.layers[1](x)
@@ -208,7 +208,7 @@ def test_gates_under_low_memory_give_the_same(gated, tile_4x4x4, draw):
 
 
 def test_the_gates_can_be_made_again_as_comfyui_asks_for_other_devices(gated, tile_4x4x4, draw):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     patcher = gated.get_additional_models_with_key(KEY)[0]
     again = patcher.cached_patcher_init[0](*patcher.cached_patcher_init[1], disable_dynamic=True)
     assert again.model is not patcher.model
@@ -217,7 +217,7 @@ def test_the_gates_can_be_made_again_as_comfyui_asks_for_other_devices(gated, ti
 
 
 def test_gates_attached_after_the_vsa_node_are_used_too(wan, gate_file, gated, vsa, run_of, draw, monkeypatch):
-    from pack.nodes import attach_vsa_gates
+    from pack.nodes.trained import attach_vsa_gates
     monkeypatch.setattr(attach_vsa_gates, "model_path", lambda name: gate_file)
     after = attach_vsa_gates.VSAGatesAttach.execute(vsa(wan, 0.5), "x")[0]
     assert torch.equal(draw(after, GRID), draw(vsa(gated, 0.5), GRID))

@@ -13,9 +13,9 @@ class Blocks:
 
     def __init__(self, patched):
         from pack.nodes.families import ModelCall
-        from pack.nodes.hook import SparseAttentionHook
-        from pack.nodes.method import Step
-        from pack.nodes.run import Run
+        from pack.nodes.hook.hook import SparseAttentionHook
+        from pack.nodes.hook.method import Step
+        from pack.nodes.hook.run import Run
         self.hook, self.run = SparseAttentionHook.of(patched)[0], Run("VSA")
         call = ModelCall(THW, (1, 1, 1), frozenset(), frozenset(), prefix=TEXT)
         self.step = Step(self.run, patched.model.diffusion_model, call, True, 1)
@@ -97,7 +97,7 @@ def test_a_mask_that_does_more_than_hide_text_runs_dense_and_is_counted(hunyuan,
 
 
 def test_the_layers_of_a_pass_read_their_mask_once_and_another_pass_reads_its_own(hunyuan, method, monkeypatch):
-    from pack.nodes import masks
+    from pack.nodes.hook import masks
     read, mask, patched = [], added((7, 8)), method[0](hunyuan)
     monkeypatch.setattr(masks, "_read", lambda *args, original=masks._read: read.append(1) or original(*args))
     q, k, v = operands()

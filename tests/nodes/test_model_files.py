@@ -34,14 +34,14 @@ def filled(folders):
 
 
 def test_files_and_diffusers_folders_are_listed_without_their_parts(filled):
-    from pack.nodes.model_files import gate_file_names, model_names
+    from pack.nodes.trained.model_files import gate_file_names, model_names
     names = ["FastWan", "Pipe", "sub/other.safetensors", "wan.safetensors"]
     assert sorted(name.replace("\\", "/") for name in model_names()) == names
     assert gate_file_names() == model_names() + ["loras/fast.safetensors"]
 
 
 def test_every_listed_name_leads_to_a_file_or_folder(filled):
-    from pack.nodes.model_files import gate_file_names, model_path
+    from pack.nodes.trained.model_files import gate_file_names, model_path
     found = {name: model_path(name) for name in gate_file_names()}
     assert all(path.exists() for path in found.values())
     assert found["FastWan"] == filled / "diffusion_models" / "FastWan"
@@ -51,7 +51,7 @@ def test_every_listed_name_leads_to_a_file_or_folder(filled):
 
 @pytest.mark.parametrize("name", ["gone", "gone.safetensors", "", "../diffusion_models", "../../etc"])
 def test_a_name_that_leads_nowhere_or_outside_is_refused(filled, name):
-    from pack.nodes.model_files import model_path
+    from pack.nodes.trained.model_files import model_path
     with pytest.raises(ValueError, match="is in none of ComfyUI's folders"):
         model_path(name)
 
@@ -59,7 +59,7 @@ def test_a_name_that_leads_nowhere_or_outside_is_refused(filled, name):
 def test_the_node_loads_a_pipeline_folder_by_name_and_describes_it(folders, gate_file, vsa, draw):
     import safetensors.torch
 
-    from pack.nodes.load_sparse_diffusion_model import SparseDiffusionModelLoader
+    from pack.nodes.trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
     state = safetensors.torch.load_file(gate_file)
     made = make_checkpoints.write("pipeline folder", state, folders)
     made.rename(folders / "diffusers" / "FastWan2.1-T2V-1.3B-Diffusers")
@@ -73,7 +73,7 @@ def test_the_node_loads_a_pipeline_folder_by_name_and_describes_it(folders, gate
 def test_the_attach_node_takes_a_lora_by_name(folders, wan, gate_file, vsa, run_of, draw):
     import safetensors.torch
 
-    from pack.nodes.attach_vsa_gates import VSAGatesAttach
+    from pack.nodes.trained.attach_vsa_gates import VSAGatesAttach
     save({name: value for name, value in safetensors.torch.load_file(gate_file).items() if "gate" in name},
          folders / "loras" / "gates.safetensors")
     assert VSAGatesAttach.define_schema().inputs[1].options == ["loras/gates.safetensors"]

@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture
 def validate(comfyui):
-    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch
+    from pack.nodes.methods.video_sparse_attention import VideoSparseAttentionPatch
     return VideoSparseAttentionPatch.validate_inputs
 
 
@@ -150,9 +150,9 @@ class Attention:
 
     def __init__(self, patched, net):
         from pack.nodes.families import ModelCall
-        from pack.nodes.hook import SparseAttentionHook
-        from pack.nodes.method import Step
-        from pack.nodes.run import Run
+        from pack.nodes.hook.hook import SparseAttentionHook
+        from pack.nodes.hook.method import Step
+        from pack.nodes.hook.run import Run
         self.hook = SparseAttentionHook.of(patched)[0]
         self.run = Run("VSA")
         call = ModelCall((5, 4, 6), (1, 1, 1), frozenset(), frozenset())

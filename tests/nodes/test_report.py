@@ -17,9 +17,9 @@ def shown(comfyui, monkeypatch):
 
 
 def node(model, node_id, **widgets):
-    from pack.nodes.hook import SparseAttentionHook
-    from pack.nodes.settings import read_settings
-    from pack.nodes.video_sparse_attention import VideoSparseAttentionPatch, read_method
+    from pack.nodes.hook.hook import SparseAttentionHook
+    from pack.nodes.hook.settings import read_settings
+    from pack.nodes.methods.video_sparse_attention import VideoSparseAttentionPatch, read_method
     settings = read_settings(**{"dense_blocks": "0", "start_percent": 0.0, "min_tokens": 0, **widgets})
     assert VideoSparseAttentionPatch.define_schema().node_id == "VideoSparseAttentionPatch"
     return SparseAttentionHook.install(model, read_method(0.5, "auto"), settings, node_id)
@@ -57,8 +57,8 @@ def test_the_density_is_the_share_of_query_key_pairs_that_the_lists_keep(wan, vs
 
 
 def test_the_report_node_gives_text_numbers_and_a_picture(wan, vsa, draw):
-    from pack.nodes.hook import SparseAttentionHook
-    from pack.nodes.report import SparseAttentionReport, _picture
+    from pack.nodes.evidence.report import SparseAttentionReport, _picture
+    from pack.nodes.hook.hook import SparseAttentionHook
     patched = vsa(wan, 0.5)
     latent = {"samples": draw(patched, (7, 14, 18))}
     run = SparseAttentionHook.of(patched)[0].last_run
@@ -72,7 +72,7 @@ def test_the_report_node_gives_text_numbers_and_a_picture(wan, vsa, draw):
 
 
 def test_the_report_node_refuses_a_model_that_is_not_patched_or_not_sampled(wan, vsa):
-    from pack.nodes.report import SparseAttentionReport
+    from pack.nodes.evidence.report import SparseAttentionReport
     with pytest.raises(ValueError, match="found a model without sparse attention"):
         SparseAttentionReport.execute({"samples": None}, wan)
     with pytest.raises(ValueError, match="has not been sampled yet"):
@@ -80,7 +80,7 @@ def test_the_report_node_refuses_a_model_that_is_not_patched_or_not_sampled(wan,
 
 
 def report_of(model):
-    from pack.nodes.report import SparseAttentionReport
+    from pack.nodes.evidence.report import SparseAttentionReport
     return SparseAttentionReport.execute({"samples": None}, model).args[1]
 
 
@@ -119,7 +119,7 @@ def test_a_run_that_asked_no_kernel_lists_none(wan, draw):
 def test_the_report_stands_in_its_own_node(wan, draw, shown, monkeypatch):
     from types import SimpleNamespace
 
-    from pack.nodes.report import SparseAttentionReport
+    from pack.nodes.evidence.report import SparseAttentionReport
     patched = node(wan, "7")
     draw(patched)
     monkeypatch.setattr(SparseAttentionReport, "hidden", SimpleNamespace(

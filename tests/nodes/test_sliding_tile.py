@@ -53,7 +53,7 @@ def test_a_window_in_fractions_travels_across_resolutions(wan, sta, run_of, draw
 
 
 def test_the_report_names_window_and_density(wan, sta, run_of, draw):
-    from pack.nodes.status import status_text
+    from pack.nodes.hook.status import status_text
     patched = sta(wan, "3x1x1", tile_size="4x4x4")
     draw(patched, (9, 20, 24))
     text = status_text(run_of(patched))
@@ -92,14 +92,14 @@ def test_a_strategy_for_another_model_is_refused_with_both_sides(wan, sta, layer
     ("3x3", "wanted time x height x width"), ("wide", "wanted time x height x width"),
 ])
 def test_a_window_that_is_none_is_refused_before_and_at_execution(wan, sta, window, message):
-    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
+    from pack.nodes.methods.sliding_tile_attention import SlidingTileAttentionPatch
     assert message in SlidingTileAttentionPatch.validate_inputs(window=window)
     with pytest.raises(ValueError, match=message):
         sta(wan, window)
 
 
 def test_vsa_and_sta_on_one_model_share_the_steps(wan, sta, vsa, draw):
-    from pack.nodes.hook import SparseAttentionHook
+    from pack.nodes.hook.hook import SparseAttentionHook
     early = vsa(wan, 0.5, end_percent=0.5)
     both = sta(early, "1x1x1", start_percent=0.5)
     assert torch.isfinite(draw(both, (9, 20, 24), steps=4)).all()
@@ -111,7 +111,7 @@ def test_vsa_and_sta_on_one_model_share_the_steps(wan, sta, vsa, draw):
 def test_files_are_saved_listed_and_loaded(wan, sta, draw, comfyui):
     import os
 
-    from pack.nodes import strategy_files
+    from pack.nodes.strategies import strategy_files
     strategy_files.register_folders()
     strategy = strategy_of([[[(3, 1, 3)] * 2] * 2], model="WAN21")
     saved = [strategy_files.SaveSTAStrategy.execute(strategy, "planted")[0] for _ in range(2)]
@@ -129,7 +129,7 @@ def test_a_strategy_file_that_is_none_is_refused_by_name(comfyui):
 
     import folder_paths
 
-    from pack.nodes import strategy_files
+    from pack.nodes.strategies import strategy_files
     strategy_files.register_folders()
     folder = os.path.join(folder_paths.get_output_directory(), strategy_files.FOLDER)
     os.makedirs(folder, exist_ok=True)

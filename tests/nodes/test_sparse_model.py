@@ -32,8 +32,8 @@ def write(state, tmp_path):
 @pytest.fixture
 def load(comfyui):
     """load(path, weight_dtype) -> (model, description), as the node loads it: ComfyUI executes in inference mode."""
-    from pack.nodes.load_sparse_diffusion_model import WEIGHT_DTYPES
-    from pack.nodes.sparse_model import load_sparse_model
+    from pack.nodes.trained.load_sparse_diffusion_model import WEIGHT_DTYPES
+    from pack.nodes.trained.sparse_model import load_sparse_model
     return torch.inference_mode()(lambda path, dtype="default": load_sparse_model(path, dict(WEIGHT_DTYPES[dtype])))
 
 
@@ -46,7 +46,7 @@ def load_by_core(comfyui):
 @pytest.fixture(scope="session")
 def reference(comfyui, wan_loaded_by_core, gate_file):
     """Two steps of ComfyUI's own loader plus attached gates."""
-    from pack.nodes.gate_files import with_gates
+    from pack.nodes.trained.gate_files import with_gates
     return with_gates(wan_loaded_by_core, gate_file)
 
 
@@ -130,7 +130,7 @@ def test_scaled_fp8_weights_under_diffusers_names_are_the_same(load, state, writ
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_a_chosen_weight_dtype_holds_for_model_and_gates(load, write, vsa, run_of, draw, reference, dtype):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     model, _ = load(write("diffusers file"), dtype)
     wanted = getattr(torch, {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[dtype])
     gates = model.get_additional_models_with_key(KEY)[0].model
@@ -150,7 +150,7 @@ def test_comfyui_can_ask_for_the_model_again(load, write, draw):
 
 
 def test_a_deep_clone_for_another_device_has_its_own_gates(load, write, vsa, draw):
-    from pack.nodes.gates import KEY
+    from pack.nodes.trained.gates import KEY
     model = vsa(load(write("native file"))[0], 0.5)
     if not hasattr(model, "deepclone_multigpu"):
         pytest.skip("this ComfyUI clones for no second device")
@@ -195,7 +195,7 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {dev!r}]
 import conftest, comfy_boot, torch
 comfy_boot.boot()
-from pack.nodes.sparse_model import load_sparse_model
+from pack.nodes.trained.sparse_model import load_sparse_model
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
@@ -228,7 +228,7 @@ def test_loading_needs_no_more_memory_than_the_file_and_a_tenth(comfyui, gate_fi
 def test_where_files_must_not_be_mapped_comfyuis_reader_is_used(load, write, vsa, draw, monkeypatch):
     import comfy.utils
 
-    from pack.nodes import weights
+    from pack.nodes.trained import weights
     path = write("sharded without index")
     wanted = draw(vsa(load(path)[0], 0.5), GRID)
     monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True, raising=False)
@@ -237,7 +237,7 @@ def test_where_files_must_not_be_mapped_comfyuis_reader_is_used(load, write, vsa
 
 
 def test_every_byte_of_the_weights_is_mapped_once(load, write, monkeypatch):
-    from pack.nodes import weights
+    from pack.nodes.trained import weights
     opened = []
 
     class Counting(weights.MappedFile):

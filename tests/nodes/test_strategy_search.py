@@ -40,8 +40,8 @@ def conditions(wan):
 
 @pytest.fixture
 def search(comfyui, conditions):
-    from pack.nodes import strategy_files
-    from pack.nodes.strategy_search import STAStrategySearch
+    from pack.nodes.strategies import strategy_files
+    from pack.nodes.strategies.strategy_search import STAStrategySearch
     strategy_files.register_folders()
 
     def run(model, latent=LATENT_LONG, steps=2, **widgets):
@@ -62,8 +62,8 @@ def test_the_search_finds_the_windows_that_were_planted(wan, search):
 
 
 def test_running_with_the_result_reproduces_its_table(wan, search, draw):
-    from pack.nodes.hook import SparseAttentionHook
-    from pack.nodes.sliding_tile_attention import SlidingTileAttentionPatch
+    from pack.nodes.hook.hook import SparseAttentionHook
+    from pack.nodes.methods.sliding_tile_attention import SlidingTileAttentionPatch
     model = plant(wan)
     strategy, report = search(model, max_error=0.1)[:2]
     patched = SlidingTileAttentionPatch.execute(model, "1x1x1", "4x4x4", strategy, min_tokens=0, start_percent=0.0,
@@ -79,7 +79,7 @@ def test_running_with_the_result_reproduces_its_table(wan, search, draw):
 
 
 def test_a_density_goal_is_kept(wan, search):
-    from pack.nodes.strategy_search import DENSITY
+    from pack.nodes.strategies.strategy_search import DENSITY
     strategy, report = search(wan, goal=DENSITY, max_density=0.4)[:2]
     assert float(report.split("density ")[1].split("%")[0]) <= 40.0
     assert strategy.steps == 1 and strategy.layers == 2 and strategy.heads == 2
@@ -92,9 +92,9 @@ def test_an_error_bound_of_zero_keeps_everything(wan, search):
 
 
 def test_the_sampling_of_a_search_is_the_dense_one(wan, draw, comfyui):
-    from pack.nodes.hook import SparseAttentionHook
-    from pack.nodes.settings import read_settings
-    from pack.nodes.strategy_measurement import Search
+    from pack.nodes.hook.hook import SparseAttentionHook
+    from pack.nodes.hook.settings import read_settings
+    from pack.nodes.strategies.strategy_measurement import Search
     search = Search("1x1x1", (4, 4, 4), 1, 2, 2, "/nonexistent/state", lambda text: None)
     search._keep = lambda: None
     patched = SparseAttentionHook.install(wan, search, read_settings(min_tokens=0, start_percent=0.0, strict=True))
@@ -107,8 +107,8 @@ def test_an_interrupted_search_goes_on_where_it_stopped(wan, search, monkeypatch
     import comfy.model_management
     import folder_paths
 
-    from pack.nodes import strategy_measurement
-    from pack.nodes.strategy_files import FOLDER
+    from pack.nodes.strategies import strategy_measurement
+    from pack.nodes.strategies.strategy_files import FOLDER
     calls, stops, original = [], [4], strategy_measurement.candidate_errors
 
     def counted(*args, **kwargs):
@@ -150,5 +150,5 @@ def test_candidates_that_are_none_are_refused(wan, search, widgets, message):
 
 
 def test_more_measured_steps_than_steps_are_refused(comfyui):
-    from pack.nodes.strategy_search import STAStrategySearch
+    from pack.nodes.strategies.strategy_search import STAStrategySearch
     assert "measured_steps 9 of 4 steps" in STAStrategySearch.validate_inputs(measured_steps=9, steps=4)

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..hook.hook import SparseAttentionHook
 from .gate_files import with_gates
 from .gates import gates_of
-from .hook import SparseAttentionHook
 from .model_files import gate_file_names, model_path
-from .video_sparse_attention import VideoSparseMethod
 
 
 class VSAGatesAttach(io.ComfyNode):
@@ -42,7 +41,7 @@ class VSAGatesAttach(io.ComfyNode):
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
         clone = with_gates(model, model_path(gates), strength, node_id)
         for hook in SparseAttentionHook.of(clone):
-            if isinstance(hook.method, VideoSparseMethod):
+            if hasattr(hook.method, "gates"):
                 method = replace(hook.method, gates=gates_of(clone))
                 clone = SparseAttentionHook.install(clone, method, hook.settings, hook.node_id)
         return io.NodeOutput(clone)

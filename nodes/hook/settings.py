@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
-from .. import kernels
-from ..vsa_core.schedule import DenseBlocks, Schedule, parse_dense_blocks
+from ... import kernels
+from ...vsa_core.schedule import DenseBlocks, Schedule, parse_dense_blocks
 
 DEFAULT_MIN_TOKENS = 12288
 

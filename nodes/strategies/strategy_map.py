@@ -4,8 +4,8 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..vsa_core.search import SearchResult
-from .tile_map import INK, PAPER, to_image
+from ...vsa_core.search import SearchResult
+from ..evidence.tile_map import INK, PAPER, to_image
 
 _MARGIN, _GAP, _LINE = 16, 22, 18
 _TITLE = 96

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..vsa_core.layer import LocalAttention
-from ..vsa_core.selector import AttentionBackendEnum
-from .method import StaysDense
+from ...vsa_core.layer import LocalAttention
+from ...vsa_core.selector import AttentionBackendEnum
+from ..hook.method import StaysDense
 
 
 class LocalLayers:

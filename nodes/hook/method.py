@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..vsa_core.grid import TokenGrid
-from .families import ModelCall
+from ...vsa_core.grid import TokenGrid
+from ..families import ModelCall
 from .run import GridRecord, Run
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..hook.status import show_under_node
 from .model_files import model_names, model_path
 from .sparse_model import load_sparse_model
-from .status import show_under_node
 
 # As in ComfyUI's own diffusion model loader.
 WEIGHT_DTYPES = {

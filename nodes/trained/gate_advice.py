@@ -1,9 +1,9 @@
 """What the user of a VSA-trained model is told: where the settings leave its training, and how its gates were used."""
 from __future__ import annotations
 
-from ..checkpoints.trained import Trained
-from .run import Run
-from .settings import Settings
+from ...checkpoints.trained import Trained
+from ..hook.run import Run
+from ..hook.settings import Settings
 
 
 def advice_before(trained: Trained, sparsity: float, settings: Settings) -> list[str]:

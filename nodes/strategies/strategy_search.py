@@ -12,15 +12,15 @@ from comfy_api.latest import io, ui
 
 import nodes as host_nodes
 
-from .. import kernels
-from ..vsa_core.search import SearchResult, choose_under_density, choose_under_error, search_result
-from .families import family_of
-from .hook import SparseAttentionHook
-from .run import Run
-from .settings import read_settings
-from .sliding_tile_attention import AUTO_TILE, TILE_SIZES, StrategyType
-from .sliding_tile_attention import read_method as read_sta
-from .status import show_under_node
+from ... import kernels
+from ...vsa_core.search import SearchResult, choose_under_density, choose_under_error, search_result
+from ..families import family_of
+from ..hook.hook import SparseAttentionHook
+from ..hook.run import Run
+from ..hook.settings import read_settings
+from ..hook.status import show_under_node
+from ..methods.sliding_tile_attention import AUTO_TILE, TILE_SIZES, StrategyType
+from ..methods.sliding_tile_attention import read_method as read_sta
 from .strategy_files import FOLDER
 from .strategy_map import draw_strategy
 from .strategy_measurement import AUTO_CANDIDATES, Search, parse_candidates

@@ -8,9 +8,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..vsa_core.strategy_files import load_strategy, save_strategy
-from ..vsa_core.window import check_window
-from .sliding_tile_attention import StrategyType
+from ...vsa_core.strategy_files import load_strategy, save_strategy
+from ...vsa_core.window import check_window
+from ..methods.sliding_tile_attention import StrategyType
 
 FOLDER = "sta_strategies"
 NO_FILE = "(put a .json into models/sta_strategies)"

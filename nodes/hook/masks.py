@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..vsa_core.grid import TokenGrid
+from ...vsa_core.grid import TokenGrid
 
 DENSE_MASK = "attention mask"
 """The mask differs between queries, heads or clips, or it weighs keys instead of hiding them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..checkpoints.source import DIFFUSERS_NAME, PIPELINE_PARTS, SHARD
+from ...checkpoints.source import DIFFUSERS_NAME, PIPELINE_PARTS, SHARD
 
 LORAS = "loras/"
 """Put before the name of a LoRA file, which is looked up among the LoRAs."""

@@ -14,9 +14,9 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from .. import kernels
-from ..vsa_core.grid import TokenGrid
-from .families import VideoFamily, family_of
+from ... import kernels
+from ...vsa_core.grid import TokenGrid
+from ..families import VideoFamily, family_of
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
 from .method import LayerCall, Method, StaysDense, Step

@@ -7,12 +7,12 @@ import comfy.lora
 import torch
 from torch import Tensor
 
-from ..checkpoints.gate_names import find_gates
-from ..checkpoints.names import is_lora
-from ..checkpoints.plan import GATE_PARTS
-from ..checkpoints.safetensors_file import CheckpointError
-from ..checkpoints.source import Checkpoint, open_checkpoint
-from ..checkpoints.trained import UNKNOWN, Trained, trained_facts
+from ...checkpoints.gate_names import find_gates
+from ...checkpoints.names import is_lora
+from ...checkpoints.plan import GATE_PARTS
+from ...checkpoints.safetensors_file import CheckpointError
+from ...checkpoints.source import Checkpoint, open_checkpoint
+from ...checkpoints.trained import UNKNOWN, Trained, trained_facts
 from .gates import KEY, attach, gates_of, make_patcher, require_fit
 from .weights import read_tensors
 

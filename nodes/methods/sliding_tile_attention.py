@@ -9,23 +9,23 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsa_core.backends.sliding_tile_attn import (
+from ...vsa_core.backends.sliding_tile_attn import (
     STA_TILE_SIZE,
     SlidingTileAttentionMetadata,
     SlidingTileAttentionMetadataBuilder,
 )
-from ..vsa_core.forward_context import set_forward_context
-from ..vsa_core.grid import Thw, TokenGrid
-from ..vsa_core.selector import AttentionBackendEnum
-from ..vsa_core.strategy import Strategy
-from ..vsa_core.tiling import auto_tile_size, parse_tile_size
-from ..vsa_core.window import Share, effective_window, first_seen, is_full, parse_window
-from .families import family_of
-from .hook import SparseAttentionHook
+from ...vsa_core.forward_context import set_forward_context
+from ...vsa_core.grid import Thw, TokenGrid
+from ...vsa_core.selector import AttentionBackendEnum
+from ...vsa_core.strategy import Strategy
+from ...vsa_core.tiling import auto_tile_size, parse_tile_size
+from ...vsa_core.window import Share, effective_window, first_seen, is_full, parse_window
+from ..families import family_of
+from ..hook.hook import SparseAttentionHook
+from ..hook.method import LayerCall, StaysDense
+from ..hook.run import Run
+from ..hook.settings import read_settings, settings_inputs, why_invalid
 from .local_layers import LocalLayers
-from .method import LayerCall, StaysDense
-from .run import Run
-from .settings import read_settings, settings_inputs, why_invalid
 
 StrategyType = io.Custom("STA_STRATEGY")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import comfy.sd
 
-from ..checkpoints.describe import describe
-from ..checkpoints.plan import Plan, plan_of
-from ..checkpoints.safetensors_file import CheckpointError
-from ..checkpoints.source import open_checkpoint
+from ...checkpoints.describe import describe
+from ...checkpoints.plan import Plan, plan_of
+from ...checkpoints.safetensors_file import CheckpointError
+from ...checkpoints.source import open_checkpoint
 from .gate_files import with_gates
 from .weights import read_tensors
 

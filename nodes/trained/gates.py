@@ -18,11 +18,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..checkpoints.gate_names import check_gates
-from ..checkpoints.trained import Trained
-from .families import family_of
-from .hook import SparseAttentionHook
-from .status import show_under_node
+from ...checkpoints.gate_names import check_gates
+from ...checkpoints.trained import Trained
+from ..families import family_of
+from ..hook.hook import SparseAttentionHook
+from ..hook.status import show_under_node
 
 log = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..vsa_core.backends.sliding_tile_attn import (
+from ...vsa_core.backends.sliding_tile_attn import (
     SlidingTileAttentionImpl,
     SlidingTileAttentionMetadata,
     SlidingTileAttentionMetadataBuilder,
 )
-from ..vsa_core.grid import Thw, TokenGrid
-from ..vsa_core.search import ErrorTable, candidate_errors, default_candidates
-from ..vsa_core.tiling import auto_tile_size
-from ..vsa_core.window import parse_window, window_of_share
-from .method import LayerCall
-from .run import Run
+from ...vsa_core.grid import Thw, TokenGrid
+from ...vsa_core.search import ErrorTable, candidate_errors, default_candidates
+from ...vsa_core.tiling import auto_tile_size
+from ...vsa_core.window import parse_window, window_of_share
+from ..hook.method import LayerCall
+from ..hook.run import Run
 
 log = logging.getLogger(__name__)
 

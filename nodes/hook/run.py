@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import Call
-from ..vsa_core.grid import TokenGrid
+from ...kernels import Call
+from ...vsa_core.grid import TokenGrid
 
 SPARSE, DENSE, OTHER = "sparse", "dense", "other"
 """Kinds of attention calls: video self-attention run sparse, the same run dense, and everything else."""

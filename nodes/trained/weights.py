@@ -10,8 +10,8 @@ import comfy.memory_management
 import comfy.utils
 from torch import Tensor
 
-from ..checkpoints.mapped import MappedFile, ReleasingPages
-from ..checkpoints.source import Checkpoint
+from ...checkpoints.mapped import MappedFile, ReleasingPages
+from ...checkpoints.source import Checkpoint
 
 
 def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[dict[str, Tensor], AbstractContextManager]:

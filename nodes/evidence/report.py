@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from .hook import SparseAttentionHook
-from .status import kernel_text, show_under_node, status_text
+from ..hook.hook import SparseAttentionHook
+from ..hook.status import kernel_text, show_under_node, status_text
 from .tile_map import draw_tile_map
 
 

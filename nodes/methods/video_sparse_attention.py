@@ -10,23 +10,23 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsa_core.backends.video_sparse_attn import (
+from ...vsa_core.backends.video_sparse_attn import (
     VSA_TILE_SIZE,
     VideoSparseAttentionMetadata,
     VideoSparseAttentionMetadataBuilder,
 )
-from ..vsa_core.forward_context import set_forward_context
-from ..vsa_core.grid import Thw, TokenGrid
-from ..vsa_core.selector import AttentionBackendEnum
-from ..vsa_core.tiling import auto_tile_size, parse_tile_size
-from .gate_advice import advice_after, advice_before
-from .gates import GateSet, gate_of, gates_of
-from .hook import SparseAttentionHook
+from ...vsa_core.forward_context import set_forward_context
+from ...vsa_core.grid import Thw, TokenGrid
+from ...vsa_core.selector import AttentionBackendEnum
+from ...vsa_core.tiling import auto_tile_size, parse_tile_size
+from ..hook.hook import SparseAttentionHook
+from ..hook.method import LayerCall
+from ..hook.run import GridRecord, Run
+from ..hook.settings import read_settings, settings_inputs, why_invalid
+from ..hook.status import show_under_node
+from ..trained.gate_advice import advice_after, advice_before
+from ..trained.gates import GateSet, gate_of, gates_of
 from .local_layers import LocalLayers
-from .method import LayerCall
-from .run import GridRecord, Run
-from .settings import read_settings, settings_inputs, why_invalid
-from .status import show_under_node
 
 log = logging.getLogger(__name__)
 

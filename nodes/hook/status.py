@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 
-from ..kernels import backend_list
+from ...kernels import backend_list
 from .run import DENSE, SPARSE, Run
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""One sampling: the override, its decision, its counters and its words."""

@@ -1,0 +1,1 @@
+"""STA strategies: search, measurement, files and pictures."""
