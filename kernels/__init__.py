@@ -169,11 +169,18 @@ def _block_sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grid = None if tile_grid is None else TileGrid(*tile_grid)
     # Here, where torch.compile does not look: the choice reads what happened earlier in this process.
-    spec = choose_kernel(Call.of(q), backend)
-    run = spec.load() if spec.gathers(grid) else partial(gathered.on_copies, spec.load())
-    out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
-                   blocks_per_tile, grid)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+    failed: dict[str, str] = {}
+    while True:
+        spec = choose_kernel(Call.of(q), backend, failed)
+        try:
+            run = spec.load() if spec.gathers(grid) else partial(gathered.on_copies, spec.load())
+            out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
+                           blocks_per_tile, grid)
+            return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+        except KernelUnusable as error:                    # proven, but it cannot be loaded now
+            if backend != AUTO:
+                raise
+            failed[spec.name] = str(error)
 
 
 @_block_sparse_attention.register_fake

@@ -29,7 +29,7 @@ WILD = 2**31 - 1
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """One call: its lists, and how its tokens lie. Head h takes the lists from the h-th on, so that heads differ."""
+    """One call: its lists, and how its tokens lie. Head h of batch b takes the lists from the (h + b)-th on."""
 
     shows: str
     lists: tuple[tuple[int, ...], ...]
@@ -112,12 +112,13 @@ class AttentionProblem:
         longest = max(map(len, self.lists)) * per_tile + len(closing) + 1
         indices = torch.full((self.batch, heads, listed, longest), WILD, dtype=torch.int32)
         counts = torch.zeros(self.batch, heads, listed, dtype=torch.int32)
-        for head in range(heads):
+        for turn in range(self.batch + heads - 1):
             for row in range(listed):
-                kept = self.lists[(row // per_tile + head) % len(self.lists)]
+                kept = self.lists[(row // per_tile + turn) % len(self.lists)]
                 names = [tile * per_tile + part for tile in kept for part in range(per_tile)] + closing
-                indices[:, head, row, :len(names)] = torch.tensor(names, dtype=torch.int32)
-                counts[:, head, row] = len(names)
+                for b in range(max(0, turn - heads + 1), min(self.batch, turn + 1)):
+                    indices[b, turn - b, row, :len(names)] = torch.tensor(names, dtype=torch.int32)
+                    counts[b, turn - b, row] = len(names)
         return indices, counts
 
     def prepare(self, spec: KernelSpec, call: Call, device: torch.device, multiprocessors: int) -> Prepared:

@@ -103,7 +103,7 @@ class _Child:
                 words = f": {' | '.join(self._last_words)[-300:]}" if self._last_words else ""
                 return _failure(f"it ended the process with status {status}{words}", start)
             if not line.startswith(MARK):
-                self._last_words = [*self._last_words, line.strip()][-3:]
+                self._last_words = [*self._last_words, *filter(None, [line.strip()])][-3:]
                 continue
             told = json.loads(line.removeprefix(MARK))
             if "out_of_memory" in told:
@@ -132,14 +132,17 @@ def tables() -> tuple[KernelSpec, ...]:
     return tuple(spec for spec in (*KERNELS, *tile_ops.MEANS_KERNELS, *tile_ops.SELECT_KERNELS) if spec.files)
 
 
+def devices() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 def jobs_of(specs: Sequence[KernelSpec]) -> tuple[list[Job], dict[str, str]]:
     """What can be proven on this machine's GPUs, and per kernel and device why something cannot."""
     jobs, reasons = [], {}
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for spec in specs:
-        if not devices:
+        if not devices():
             reasons[spec.name] = "no GPU that torch can use"
-        for device in devices:
+        for device in devices():
             for dtype in spec.dtypes:
                 for head_dim in spec.head_dims or (64, 128):
                     call = Call.on(device, dtype, head_dim)

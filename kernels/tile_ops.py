@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference, reference_tiles, triton
 from .choice import AUTO, choose
 from .proofs import PROOFS
-from .spec import BLOCK, Call, KernelSpec
+from .spec import BLOCK, Call, KernelSpec, KernelUnusable
 
 MEANS_KERNELS: tuple[KernelSpec, ...] = (triton.MEANS_SPEC, reference_tiles.MEANS_SPEC)
 SELECT_KERNELS: tuple[KernelSpec, ...] = (triton.SELECT_SPEC, reference_tiles.SELECT_SPEC)
@@ -92,7 +92,12 @@ def prove_beside(backend: str, call: Call, announce: Callable[[str], object] | N
 
 
 def _run(table, call, backend, exclude, operands):
-    return choose_beside(table, call, backend, exclude).load()(*operands)
+    while True:
+        spec = choose_beside(table, call, backend, exclude)
+        try:
+            return spec.load()(*operands)
+        except KernelUnusable as error:                    # proven, but it cannot be loaded now
+            exclude = {**exclude, spec.name: str(error)}
 
 
 @torch.library.custom_op("video_sparse_attention::tile_means", mutates_args=())

@@ -42,16 +42,16 @@ class SparseCalls:
         asked = kernels.Call.of(q)
         run.asked[asked] = None
         while True:
+            spec = None
             try:
                 spec = kernels.choose_kernel(asked, self.settings.backend, run.failed, announce=run.note)
+                run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
+                return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
             except kernels.NoKernel as error:
                 if self.insists:
                     raise
                 run.note(str(error))
                 return None, "no kernel"
-            run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
-            try:
-                return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
             except StaysDense as reason:
                 return None, str(reason)
             except comfy.model_management.InterruptProcessingException:
@@ -64,6 +64,8 @@ class SparseCalls:
                 run.note("the sparse path ran out of memory; those calls ran dense")
                 return None, "out of memory"
             except Exception as error:
+                if spec is None:
+                    raise
                 if self.insists:
                     raise RuntimeError(f"kernel {spec.name} failed: {type(error).__name__}: {error}. "
                                        "Choose another backend, or switch strict off to run dense instead") from error
