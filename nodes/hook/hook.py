@@ -27,7 +27,7 @@ from .run import DENSE, OTHER, SPARSE, Run
 from .settings import Settings
 from .sparse_calls import SparseCalls
 from .speed import DenseCall
-from .status import show_under_node, status_text, unseen_text
+from .status import replaced_text, show_under_node, status_text, unseen_text
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,13 @@ class SparseAttentionHook:
         c_crossattn = args[1] if len(args) > 1 else kwargs.get("c_crossattn")
         options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
         base, run = executor.class_obj, self._current_run()
-        call = self.family.observe(base.diffusion_model, tuple(x.shape), c_crossattn, kwargs)
+        try:
+            call = self.family.observe(base.diffusion_model, tuple(x.shape), c_crossattn, kwargs)
+        except Exception as error:
+            run.unseen = replaced_text(self.method.name, base.diffusion_model, error)
+            if self.settings.strict:
+                raise RuntimeError(run.unseen) from error
+            return executor(x, t, *args, **kwargs)
         sigma = float(options["sigmas"].max()) if "sigmas" in options else float(t.max())
         to_sigma = base.model_sampling.percent_to_sigma
         run.steps += 1
@@ -214,7 +220,7 @@ class SparseAttentionHook:
             text = unseen_text(self.method.name)
             if self.settings.strict:
                 raise RuntimeError(text)
-            run.note(text)
+            run.unseen = text
         return out
 
     # -- one attention call -------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Run:
         """What the kernels that ran have shown on this card."""
         self.medians: dict[str, tuple[float, float, str]] = {}
         """Kernel -> milliseconds of a sparse and of a dense call of the same kind, and what served the dense ones."""
+        self.unseen = ""
+        """What to tell the user when the model made no attention call that the hook could see."""
         self.seen = 0
         """Attention calls of any kind."""
         self.probes = 0

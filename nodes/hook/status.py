@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 def status_text(run: Run, verbose: bool = False) -> str:
     """What ran, how fast, on which grid, and why the rest ran dense: short lines, the most wanted first."""
     entries = [entry for entry in run.summary() if entry["grid"]]
-    lines = [_kept_line(entry) for entry in entries] or [f"{run.method_name}: nothing ran sparse"]
+    lines = [_kept_line(entry) for entry in entries] or [run.unseen or f"{run.method_name}: nothing ran sparse"]
     lines += _choice_lines(run)
     lines += _time_lines(run)
     lines.append(f"{run.sparse_calls} sparse calls, {run.dense.total()} dense" + _reasons(run.dense))
@@ -44,6 +44,12 @@ def unseen_text(method: str) -> str:
     return (f"{method} is OFF: the model made no attention call that this node could see. Another node has put its own "
             "forward pass in place of the model's (some caching and speed-up nodes do), or a compiled model from "
             "another loader runs. Bypass that node, or put this one behind it")
+
+
+def replaced_text(method: str, net, error: Exception) -> str:
+    """What to tell when the model that is sampled is not built like the one that the node was given."""
+    return (f"{method} is OFF: another node has put a {type(net).__name__} in the model's place, in which the clip's "
+            f"tokens cannot be found ({type(error).__name__}: {error}). Bypass that node, or put this one before it")
 
 
 def show_under_node(text: str, node_id: str | None) -> None:
