@@ -5,8 +5,7 @@ id: (node type, title or None, (x, y), (width, height), inputs); an input that i
 PROMPT = "a red fox trots through fresh snow at sunrise, steam from its breath, tracking shot"
 NEGATIVE = ("bright tones, overexposed, static, blurred details, subtitles, worst quality, low quality, "
             "deformed, still picture")
-# By name, because auto passes over kernels that no GPU result proves yet (docs/decisions/0005).
-SHARED = {"backend": "triton", "start_percent": 0.2, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288,
+SHARED = {"backend": "auto", "start_percent": 0.2, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288,
           "strict": False, "verbose": False}
 VSA_NOTE = (
     "**Video Sparse Attention** lets every 3-D tile of the clip attend only to the tiles that matter to it.\n\n"

@@ -1,5 +1,6 @@
 """The pack in a real, running ComfyUI server: what the page finds, and what a prompt gets."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def object_info(server):
 
 @pytest.fixture
 def api_graph():
-    return json.loads((ROOT / "workflows" / "api" / "wan_t2v_vsa.json").read_text())
+    graph = json.loads((ROOT / "workflows" / "api" / "wan_t2v_vsa.json").read_text())
+    graph["2"]["inputs"]["backend"] = "reference"        # auto would leave so small a clip to dense attention
+    return graph
 
 
 def test_every_node_is_listed_with_a_category_a_tooltip_per_widget_and_a_help_page(server, object_info):
@@ -84,6 +87,17 @@ def test_the_api_graph_reports_text_numbers_and_a_picture(server, api_graph):
     assert run["backend"] == "reference" and run["sparse_calls"] == 8 and run["dense_calls"] == {}
     assert "9 of 45 tiles" in outputs["text"][0]
     assert server.view(outputs["images"][0])[:4] == b"\x89PNG"
+
+
+def test_auto_measures_and_where_sparse_loses_the_rest_runs_dense_with_both_times(server, api_graph):
+    api_graph["2"]["inputs"].update(backend="auto", sparsity=0.0)      # keeps all pairs: it can only lose
+    api_graph["5"]["inputs"].update(width=192, height=160, length=17)
+    api_graph["6"]["inputs"]["steps"] = 6
+    outputs = server.run(api_graph)["outputs"]["7"]
+    run = outputs["sparse_attention"][0]
+    assert run["dense_calls"]["sparse would be slower here"] + run["sparse_calls"] == 12
+    assert re.search(r"sparse would be slower here: [\d.]+ ms, dense [\d.]+ ms \(PyTorch attention\)", outputs["text"][0])
+    assert "auto: reference, " in outputs["text"][0] and "x dense per call (" in outputs["text"][0]
 
 
 @pytest.mark.parametrize(("widget", "value", "message"), [
