@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from .tensor_map import Layout
 
-MAP_BYTES, MAP_ALIGNMENT = 128, 64
+MAP_BYTES, MAP_ALIGNMENT = 128, 128
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_256B, _FILL_ZERO = 0, 3, 3, 0

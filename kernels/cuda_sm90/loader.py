@@ -41,9 +41,9 @@ def key(head_dim: int, dtype: str) -> str:
 
 @cache
 def constant(name: str, head_dim: int) -> int:
-    """A `constexpr` integer of the source, computed from its own text."""
+    """A constant of the source, computed from its own text."""
     names = {"HEAD_DIM": head_dim}
-    for found, text in re.findall(r"^constexpr (?:int|unsigned) (\w+) = ([^;]+);", source(), re.MULTILINE):
+    for found, text in re.findall(r"^    ([A-Z]\w+) = ([^,]+),", source(), re.MULTILINE):
         names[found] = _value(text, names)
     return names[name]
 
