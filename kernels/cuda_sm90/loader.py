@@ -84,7 +84,14 @@ class Loader:
         return self._driver
 
     def function(self, device: int, head_dim: int, dtype: str):
-        """The kernel on a device whose context is current. Raises KernelUnusable with the reason of every step."""
+        """The kernel on a device, which has a current context afterwards.
+
+        Raises KernelUnusable with the reason of every step.
+        """
+        try:
+            self.driver().make_current(device)
+        except DriverError as error:
+            raise KernelUnusable(f"no context on cuda:{device}: {error}") from None
         variant = device, head_dim, dtype
         with self._lock:
             if variant in self._failures:

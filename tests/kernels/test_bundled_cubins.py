@@ -38,6 +38,9 @@ def test_the_pack_loads_them_first_and_compiles_nothing(tmp_path):
     loaded = []
 
     class Driver:
+        def make_current(self, device):
+            pass
+
         def load(self, cubin, kernel, shared_bytes):
             loaded.append(cubin)
             return ctypes.c_void_p(1)

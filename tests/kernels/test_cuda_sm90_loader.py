@@ -31,7 +31,8 @@ class FakeCuda:
 
     def __init__(self, absent=(), **broken):
         self.broken, self.calls = broken, []
-        for name in ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuTensorMapEncodeTiled",
+        for name in ("cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+                     "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuTensorMapEncodeTiled",
                      "cuLaunchKernel"):
             if name not in absent:
                 setattr(self, name, lambda *args, name=name: self._answer(name, args))
@@ -180,6 +181,50 @@ def test_when_every_step_fails_all_reasons_are_said_and_nothing_is_tried_twice(t
     assert compiler.compiled <= 1 and reason in ready.steps()
 
 
+def answer(value):
+    """A driver call that writes `value` through its first argument."""
+    def call(pointer, *rest):
+        pointer._obj.value = value
+        return 0
+    return call
+
+
+def names(cuda):
+    return [name for name, _ in cuda.calls]
+
+
+def test_a_thread_without_a_context_gets_the_devices_primary_one_before_anything_else(tmp_path):
+    cuda = FakeCuda(cuDeviceGet=answer(41), cuDevicePrimaryCtxRetain=answer(0xc0ffee))
+    launch.run(*operands(), 0.25, True, loader=loader(tmp_path, cuda))
+    assert names(cuda)[:5] == ["cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent",
+                               "cuModuleLoadData"]
+    arguments = dict(cuda.calls)
+    assert arguments["cuDeviceGet"][1].value == 0 and arguments["cuDevicePrimaryCtxRetain"][1].value == 41
+    assert arguments["cuCtxSetCurrent"][0].value == 0xc0ffee
+
+
+def test_every_launch_looks_for_a_context_and_retains_a_devices_own_once(tmp_path):
+    cuda = FakeCuda(cuDevicePrimaryCtxRetain=answer(0xc0ffee))
+    ready = loader(tmp_path, cuda)
+    for device in (0, 0, 1, 0):
+        ready.function(device, 128, "bfloat16")
+    assert [names(cuda).count(name) for name in ("cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent")] == [
+        4, 2, 4]
+    assert [args[1].value for name, args in cuda.calls if name == "cuDeviceGet"] == [0, 1]
+
+
+def test_a_context_that_is_current_stays(tmp_path):
+    cuda = FakeCuda(cuCtxGetCurrent=answer(0xbeef))
+    loader(tmp_path, cuda).function(0, 128, "bfloat16")
+    assert not {"cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"} & set(names(cuda))
+
+
+@pytest.mark.parametrize("call", ["cuCtxGetCurrent", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"])
+def test_no_context_is_a_reason(tmp_path, call):
+    with pytest.raises(KernelUnusable, match=f"no context on cuda:1: {call} failed: invalid argument"):
+        loader(tmp_path, FakeCuda(**{call: 1})).function(1, 128, "bfloat16")
+
+
 def test_no_driver_is_a_reason():
     def nothing():
         raise DriverError("no CUDA driver: libcuda.so.1: cannot open shared object file")
@@ -256,7 +301,7 @@ def test_a_launch_hands_over_what_the_kernel_declares(tmp_path):
     encoded = [args for name, args in cuda.calls if name == "cuTensorMapEncodeTiled"]
     assert seen["maps"] == [ctypes.addressof(NO_MAP)] * 3 + [ctypes.addressof(args[0]) for args in encoded]
     for args, x in zip(encoded, tensors):
-        assert ctypes.addressof(args[0]) % 64 == 0 and ctypes.sizeof(args[0]) == 128
+        assert ctypes.addressof(args[0]) % 128 == 0 and ctypes.sizeof(args[0]) == 128
         assert [args[1].value, args[2].value, args[3].value] == [9, 5, x.data_ptr()]
         assert [list(args[i]) for i in (4, 5, 6, 7)] == [
             [64, 192, 2, 2, 1], [512, 128, 256, 128], [64, 64, 2, 1, 1], [1] * 5]
@@ -287,6 +332,14 @@ def test_the_fields_of_a_structure_stand_in_the_order_in_which_they_are_filled(s
     declared = [re.sub(r"\[\d+\]", "", name) for line in text.splitlines() if ";" in line
                 for name in re.findall(r"(\w+(?:\[\d+\])?)\s*[,;]", line.split("//")[0])]
     assert declared == [name for name, _ in structure._fields_]
+
+
+@pytest.mark.parametrize(("dim", "promotion"), [(64, 2), (128, 3)])
+def test_a_miss_in_the_cache_brings_a_heads_row_and_not_the_next_heads(tmp_path, dim, promotion):
+    """CU_TENSOR_MAP_L2_PROMOTION: 2 is 128 bytes, 3 is 256."""
+    cuda = FakeCuda()
+    launch.run(*operands(dim), 0.25, True, loader=loader(tmp_path, cuda))
+    assert [args[10].value for name, args in cuda.calls if name == "cuTensorMapEncodeTiled"] == [promotion] * 3
 
 
 def test_tensors_that_lie_alike_share_their_tensor_maps(tmp_path):

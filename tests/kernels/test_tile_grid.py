@@ -210,7 +210,7 @@ def test_the_kernel_reads_the_grid_where_the_sequence_has_it():
     row = named["q"].stride(1) * 2
     for (address, described), x in zip(seen[:3], (named["q"], named["k"], named["v"]), strict=True):
         assert address == x.data_ptr() + 3 * row
-        assert described == ((64, 6, 5, 5, 1), (row, 6 * row, 30 * row, 128), (64, 4, 5, 3, 1))
+        assert described == ((64, 6, 5, 5, 1), (row, 6 * row, 30 * row, 128), (64, 4, 5, 3, 1), 128)
     assert [described.sizes[1] for _, described in seen[3:]] == [64] * 3, "only the tokens around the grid are copied"
 
 
