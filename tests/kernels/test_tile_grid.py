@@ -15,6 +15,7 @@ from pack import kernels
 from pack.kernels import TileGrid, block_sparse_attention, cuda_sm90, gathered, reference
 from pack.kernels.cuda_sm90 import launch
 from pack.kernels.cuda_sm90.boxes import LARGEST_COORDINATE, box_of, boxes_of
+from pack.kernels.cuda_sm90.driver import Driver
 from pack.kernels.cuda_sm90.loader import constant, source
 from pack.vsa_core.backends.sliding_tile_attn import SlidingTileAttentionImpl, SlidingTileAttentionMetadataBuilder
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
@@ -198,12 +199,12 @@ def test_the_kernel_reads_the_grid_where_the_sequence_has_it():
     named = problem(CASES[2], torch.bfloat16)
     seen = []
 
-    class Recorder(emulated_sm90.EmulatedDriver):
-        def encode(self, address, dtype, layout):
+    class Recorder(Driver):
+        def _encode(self, address, dtype, layout):
             seen.append((address, layout))
-            return super().encode(address, dtype, layout)
+            return super()._encode(address, dtype, layout)
 
-    recorder = Recorder()
+    recorder = Recorder(emulated_sm90.EmulatedCuda())
     shapes = [shape for shape, _ in launch.grid_launches(recorder, "bfloat16", **arguments(named))]
     blocks = named["token_rows"].numel() // 64
     assert shapes == [(-(-blocks // 2), 1, 1)]
