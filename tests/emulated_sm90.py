@@ -1,7 +1,7 @@
 """The CUDA kernel's own text on a CPU: its hardware section is replaced by an emulator and built with g++.
 
 Goes through the pack's launcher and driver down to the calls of libcuda, so tensor maps, argument order, grid and
-copies are those of a real launch. `sm90_machine.inc` and `sm90_instructions.inc` are the emulator.
+copies are those of a real launch. `sm90_calls.inc`, `sm90_machine.inc` and `sm90_instructions.inc` are the emulator.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pack.kernels.cuda_sm90.driver import Driver
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".cache" / "emulated_sm90"
-MACHINE = [Path(__file__).with_name(name) for name in ("sm90_machine.inc", "sm90_instructions.inc")]
 BEGIN, END = "// The machine: everything below", "// The kernel, in terms of the above."
+FLAGS = ["-std=c++17", "-w", "-Wno-psabi", "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-fPIC"]
 INVALID_VALUE = 1
 COUNTERS = ("rescales", "votes", "absent", "copies", "bytes", "clears", "products", "tries")
 """`struct Counters` of the machine: rescales that warps made and votes on them, times that -inf was asked for, copies
@@ -30,23 +30,27 @@ def unavailable() -> str | None:
     return None if shutil.which("g++") else "no g++ to build the emulator"
 
 
-def combined(source: str) -> str:
-    """`source` with the emulator instead of its hardware section."""
-    before, rest = source.split(BEGIN)
-    return before + "".join(path.read_text() for path in MACHINE) + rest.split(END)[1]
-
-
 def build(head_dim: int, dtype: str, source: str) -> ctypes.CDLL:
-    text = combined(source)
-    command = ["g++", "-std=c++17", "-O1", "-w", "-Wno-psabi", "-U_FORTIFY_SOURCE", "-shared", "-fPIC",
-               f"-DHEAD_DIM={head_dim}", f"-DHALF={int(dtype == 'float16')}", "-x", "c++", "-"]
-    path = FOLDER / (hashlib.sha256((text + " ".join(command)).encode()).hexdigest()[:24] + ".so")
+    """The kernel and the machine, each compiled by itself: most sources differ in the kernel alone."""
+    constants, rest = source.split(BEGIN)
+    calls, machine, instructions = (Path(__file__).with_name(f"sm90_{name}.inc").read_text()
+                                    for name in ("calls", "machine", "instructions"))
+    defines = [f"-DHEAD_DIM={head_dim}", f"-DHALF={int(dtype == 'float16')}"]
+    objects = [_made("o", ["-O1", "-c", *FLAGS, *defines], constants + calls + rest.split(END)[1]),
+               _made("o", ["-O2", "-c", *FLAGS, *defines], constants + calls + machine + instructions)]
+    return ctypes.CDLL(str(_made("so", ["-shared", *map(str, objects)])))
+
+
+def _made(suffix: str, options: list[str], text: str = "") -> Path:
+    """What g++ makes of `text`, kept under a name that changes with it."""
+    path = FOLDER / f"{hashlib.sha256((text + ' '.join(options)).encode()).hexdigest()[:24]}.{suffix}"
     if not path.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", made], input=text, text=True, check=True)
-        os.replace(made, path)
-    return ctypes.CDLL(str(path))
+        new = path.with_suffix(f".{os.getpid()}")
+        subprocess.run(["g++", *options, *(["-x", "c++", "-"] if text else []), "-o", new], input=text, text=True,
+                       check=True)
+        os.replace(new, path)
+    return path
 
 
 class EmulatedCuda:

@@ -7,7 +7,7 @@ ELEMENT_BYTES = {6: 2, 9: 2}
 """CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16."""
 SWIZZLE_SPANS = {1: 32, 2: 64, 3: 128}
 """CU_TENSOR_MAP_SWIZZLE_32B, _64B, _128B: the most bytes along a box's innermost side."""
-MAP_ALIGNMENT = 128
+MAP_BYTES, MAP_ALIGNMENT = 128, 128
 """Of a CUtensorMap in cuda.h from CUDA 13 on; 64 before."""
 MOST_SHARED_BYTES, MOST_THREADS, MOST_ROWS = 227 * 1024, 1024, 65535
 
@@ -19,8 +19,10 @@ def refusal(encoded, dtype, rank, address, sizes, strides, box, steps, interleav
 
 
 def _broken(encoded, dtype, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill):
-    if ctypes.addressof(encoded) % MAP_ALIGNMENT or ctypes.sizeof(encoded) != 128:
-        yield f"the map is {ctypes.sizeof(encoded)} bytes at {ctypes.addressof(encoded):#x}, wanted 128 at a multiple of 128"
+    if ctypes.sizeof(encoded) != MAP_BYTES:
+        yield f"a map of {ctypes.sizeof(encoded)} bytes"
+    if ctypes.addressof(encoded) % MAP_ALIGNMENT:
+        yield f"a map at {ctypes.addressof(encoded):#x}, which is no multiple of {MAP_ALIGNMENT}"
     if dtype not in ELEMENT_BYTES:
         yield f"data type {dtype} is not one of {list(ELEMENT_BYTES)}"
         return
@@ -49,7 +51,7 @@ def _broken(encoded, dtype, rank, address, sizes, strides, box, steps, interleav
 
 def launch_refusal(grid, threads, shared_bytes) -> str:
     """Why a launch is refused, or nothing. All ctypes values."""
-    (x, y, z), (a, b, c), shared = (value.value for value in grid), (value.value for value in threads), shared_bytes.value
+    x, y, z, a, b, c, shared = (value.value for value in (*grid, *threads, shared_bytes))
     if not (0 < x < 1 << 31 and 0 < y <= MOST_ROWS and 0 < z <= MOST_ROWS):
         return f"a grid of {x}, {y}, {z}"
     if not 0 < a * b * c <= MOST_THREADS:

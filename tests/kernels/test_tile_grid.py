@@ -163,6 +163,7 @@ BROKEN = {
     "what lies in a slot at the start is taken for zeros": ("stale(~0u)", "stale(0)"),
     "all bytes of a slot are awaited": ("boxes.rows * PANELS * ROW_BYTES", "SLOT_BYTES"),
     "the second panel is a copy of the first": ("barrier, panel * PANEL_COLUMNS,", "barrier, 0,"),
+    "both panels are written to one place": ("copy_box(slot + panel * PANEL_BYTES,", "copy_box(slot,"),
     "height and width are swapped": ("at[1] << COORDINATE_BITS | at[2]", "at[2] << COORDINATE_BITS | at[1]"),
     "the mask ignores the edge": ("inside[axis] < boxes.box[axis]", "false"),
     "the grid starts with the sequence": ("return boxes.prefix + ((", "return (("),
