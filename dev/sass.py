@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,6 @@ class Product(NamedTuple):
     a: frozenset[int]
     columns: int
     reads_values: bool
-    accumulates: bool
     ends_group: bool
 
 
@@ -42,38 +42,57 @@ class Instruction(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.text.split()[0]
+        return self.text.split(" ", 1)[0]
+
+    @property
+    def product(self) -> Product | None:
+        return _product(self.text)
+
+    @property
+    def written(self) -> frozenset[int]:
+        return _written(self.text)
+
+    @property
+    def touched(self) -> frozenset[int]:
+        """Registers read or written; of a wide store, all that it stores."""
+        return _touched(self.text)
 
     def __str__(self):
         return f"{self.address:#x} {self.predicate}{self.text}"
 
-    def product(self) -> Product | None:
-        found = re.match(r"HGMMA\.64x(\d+)x16\S* R(\d+), R(\d+), gdesc\[\w+\](\.tnspB)?, (\w+)(.*)", self.text)
-        if not found:
-            return None
-        columns, d, a = map(int, found.groups()[:3])
-        return Product(frozenset(range(d, d + columns // 2)), frozenset(range(a, a + 4)), columns, bool(found[4]),
-                       found[5] != "RZ", "gsb0" in found[6])
 
-    def width(self) -> int:
-        """Registers of its widest operand, which is what it writes or stores."""
-        if ".128" in self.name or (self.name.startswith("LDSM") and self.name.endswith(".4")):
-            return 4
-        return 2 if re.search(r"\.64\b|WIDE", self.name) or self.name == "CS2R" else 1
+@cache
+def _product(text: str) -> Product | None:
+    found = re.match(r"HGMMA\.64x(\d+)x16\S* R(\d+), R(\d+), gdesc\[\w+\](\.tnspB)?(.*)", text)
+    if not found:
+        return None
+    columns, d, a = map(int, found.groups()[:3])
+    return Product(frozenset(range(d, d + columns // 2)), frozenset(range(a, a + 4)), columns, bool(found[4]),
+                   "gsb0" in found[5])
 
-    def written(self) -> frozenset[int]:
-        found = re.match(r"\S+ (?:!?U?P\w+, )*R(\d+)\b", self.text)
-        if not found or NO_DESTINATION.match(self.name):
-            return frozenset()
-        return frozenset(range(int(found[1]), int(found[1]) + self.width()))
 
-    def touched(self) -> frozenset[int]:
-        """Read or written; of a wide store, all that it stores."""
-        plain = {int(number) for number in re.findall(r"\bR(\d+)\b", self.text)}
-        plain |= {int(number) + 1 for number in re.findall(r"\bR(\d+)\.64\b", self.text)}
-        if self.name.startswith("ST") and (stored := re.search(r", R(\d+)$", self.text)):
-            plain |= set(range(int(stored[1]), int(stored[1]) + self.width()))
-        return self.written() | plain
+def _width(name: str) -> int:
+    """Registers of an instruction's widest operand, which is what it writes or stores."""
+    if ".128" in name or (name.startswith("LDSM") and name.endswith(".4")):
+        return 4
+    return 2 if re.search(r"\.64\b|WIDE", name) or name == "CS2R" else 1
+
+
+@cache
+def _written(text: str) -> frozenset[int]:
+    found = re.match(r"(\S+) (?:!?U?P\w+, )*R(\d+)\b", text)
+    if not found or NO_DESTINATION.match(text):
+        return frozenset()
+    return frozenset(range(int(found[2]), int(found[2]) + _width(found[1])))
+
+
+@cache
+def _touched(text: str) -> frozenset[int]:
+    plain = {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
+    plain |= {int(number) + 1 for number in re.findall(r"\bR(\d+)\.64\b", text)}
+    if text.startswith("ST") and (stored := re.search(r", R(\d+)$", text)):
+        plain |= set(range(int(stored[1]), int(stored[1]) + _width(text.split(" ", 1)[0])))
+    return _written(text) | plain
 
 
 class Listing:
@@ -129,7 +148,7 @@ def products_in_flight(listing: Listing) -> set[str]:
 
     def step(instruction, state):
         groups, opened = state                                   # products: (d, a) of each
-        product = instruction.product()
+        product = instruction.product
         flying = [pair for group in (*groups, opened) for pair in group]
         if product:
             for d, a in flying:
@@ -142,7 +161,7 @@ def products_in_flight(listing: Listing) -> set[str]:
                 faults.add(f"{instruction}: products before it belong to no group")
             return groups[len(groups) - kept:] if kept < len(groups) and kept else groups if kept else (), frozenset()
         for d, a in flying:
-            if registers := (instruction.touched() & d) | (instruction.written() & a):
+            if registers := (instruction.touched & d) | (instruction.written & a):
                 faults.add(f"{instruction}: uses R{min(registers)} of a product in flight")
         if instruction.name == "EXIT" and flying:
             faults.add(f"{instruction}: products are in flight at the end")
@@ -159,23 +178,23 @@ def pending(instruction: Instruction) -> int | None:
 
 
 def unfenced_products(listing: Listing) -> set[str]:
-    """Faults: a product uses registers that were written after the last WARPGROUP.ARRIVE, or there was none."""
+    """Faults: another instruction has used a product's registers after the last WARPGROUP.ARRIVE, or there was none."""
     faults, waiting = set(), [(0, frozenset(range(LAST_REGISTER)))]
     seen = [None] * len(listing.code)
     while waiting:
-        i, written = waiting.pop()
-        if seen[i] is not None and written <= seen[i]:
+        i, used = waiting.pop()
+        if seen[i] is not None and used <= seen[i]:
             continue
-        seen[i] = written = written | (seen[i] or frozenset())
+        seen[i] = used = used | (seen[i] or frozenset())
         instruction = listing.code[i]
-        if product := instruction.product():
-            if late := written & (product.a | (product.d if product.accumulates else frozenset())):
-                faults.add(f"{instruction}: R{min(late)} is written without a fence in between")
+        if product := instruction.product:
+            if unfenced := used & (product.a | product.d):
+                faults.add(f"{instruction}: R{min(unfenced)} is used without a fence in between")
         elif instruction.name == "WARPGROUP.ARRIVE":
-            written = frozenset()
+            used = frozenset()
         else:
-            written |= instruction.written()
-        waiting += ((following, written) for following in listing.following[i])
+            used |= instruction.touched
+        waiting += ((following, used) for following in listing.following[i])
     return faults
 
 
@@ -188,7 +207,7 @@ def early_releases(listing: Listing, empty_offset: int) -> set[str]:
 
     def step(instruction, state):
         done, groups, opened, begun = state                      # done: blocks read and not released; groups: of blocks
-        if product := instruction.product():
+        if product := instruction.product:
             opened = opened[0] + (not product.reads_values), opened[1] + product.reads_values
             if not product.ends_group:
                 return done, groups, opened, True
@@ -215,7 +234,7 @@ def early_releases(listing: Listing, empty_offset: int) -> set[str]:
 
 def head_dim(listing: Listing) -> int:
     """Columns of the products of values; 0 without any."""
-    return max((p.columns for p in map(Instruction.product, listing.code) if p and p.reads_values), default=0)
+    return max((p.columns for p in (x.product for x in listing.code) if p and p.reads_values), default=0)
 
 
 def releases(instruction: Instruction, empty_offset: int) -> bool:
@@ -238,12 +257,12 @@ def roles(listing: Listing) -> dict[str, Role]:
         start, = (i for i, x in enumerate(listing.code) if x.text.startswith(f"USETMAXREG.{word}"))
         code = listing.reached(start)
         found[name] = Role(highest(code), int(listing.code[start].text.split()[-1], 16),
-                           sum(x.product() is not None for x in code), sum(x.name.startswith("UTMALDG") for x in code))
+                           sum(x.product is not None for x in code), sum(x.name.startswith("UTMALDG") for x in code))
     return found
 
 
 def highest(code: list[Instruction]) -> int:
-    return max((max(x.touched(), default=0) for x in code), default=0)
+    return max((max(x.touched, default=0) for x in code), default=0)
 
 
 def misused_registers(listing: Listing, launched: int) -> Iterator[str]:
