@@ -88,6 +88,16 @@ def test_the_first_step_rescales_and_later_ones_only_after_a_jump(levels, wanted
     assert counted((q, k, v, *rest))["rescales"] == wanted
 
 
+def test_queries_that_are_nan_make_no_warp_rescale():
+    """Behind a box of 60 queries lies what was in shared memory before."""
+    q, k, v, *rest = operands([tuple(range(6))], sizes=(64,) * 6)
+    q[:], q[:, 60:] = 0, torch.nan
+    cuda = emulated_sm90.EmulatedCuda()
+    out, _ = emulated_sm90.run(q, k, v, *rest, 0.125, True, cuda=cuda)
+    assert cuda.counted["rescales"] == 4 and cuda.counted["votes"] == 12
+    assert not out[:, :60].isnan().any() and out[:, 60:].isnan().all()
+
+
 def test_a_decay_that_is_only_nearly_1_shows_in_the_count():
     """As a difference of rounded products has it, whose result is right all the same."""
     exact = "top == peak[r] ? 1.0f : exp2_of((peak[r] - top) * scale)"
