@@ -10,6 +10,7 @@ import pytest
 
 import compiled_once
 import cubin as cubin_tools
+import sass
 from compiled_once import VARIANTS
 from pack.kernels.cuda_sm90.loader import ARCHITECTURE, KERNEL, SOURCE, constant, options, source
 from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
@@ -75,21 +76,28 @@ def disassembled(cubin):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_machine_code_holds_what_the_design_asks_for(builds, variant):
-    sass = disassembled(builds[variant][0])
+    text = disassembled(builds[variant][0])
     dim = variant[0]
     keys, values = 2 * (1 + 2 * 2) * dim // 32, 4 * (1 + 2 + 2)
-    assert len(re.findall(r"\bHGMMA\.", sass)) == keys + values
-    assert len(re.findall(rf"\bHGMMA\.64x{dim}x16\.F32(?:\.BF16)?.*\.tnspB", sass)) == values
-    assert len(re.findall(r"\bUTMALDG\.5D\b", sass)) >= 3
-    assert "USETMAXREG" in sass and not re.search(r"\b(LDL|STL|HMMA)\b", sass)
-    assert f".{KERNEL}" in sass
+    assert len(re.findall(r"\bHGMMA\.", text)) == keys + values
+    assert len(re.findall(rf"\bHGMMA\.64x{dim}x16\.F32(?:\.BF16)?.*\.tnspB", text)) == values
+    assert len(re.findall(r"\bUTMALDG\.5D\b", text)) >= 3
+    assert "USETMAXREG" in text and not re.search(r"\b(LDL|STL|HMMA)\b", text)
+    assert f".{KERNEL}" in text
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_machine_code_keeps_the_rules_of_products_whoever_compiled_it(builds, variant):
+    listing = sass.Listing(disassembled(builds[variant][0]))
+    used = int(re.search(r"Used (\d+) registers", builds[variant][1])[1])
+    assert sass.faults(listing, constant("EMPTY_OFFSET", variant[0]), used) == []
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_exponentials_stand_between_the_two_waits_of_the_loop(builds, variant):
     """Without that the product of weights and values would have to end before softmax may start."""
-    sass = disassembled(builds[variant][0])
-    events = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|WARPGROUP\.ARRIVE", sass)
+    text = disassembled(builds[variant][0])
+    events = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|WARPGROUP\.ARRIVE", text)
     start = events.index("WARPGROUP.DEPBAR.LE gsb0, 0x1")
     loop = events[start + 1:events.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", start)]
     assert events.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 1
