@@ -4,56 +4,61 @@
 // each over its own list of key blocks; when both lists are equal, keys and values are loaded once for both.
 // A block is a box of the token grid, read where the sequence has it, or 64 rows of a packed tensor.
 
-constexpr int BLOCK = 64;                                    // slots of a block, rows of a warpgroup's product
-constexpr int ELEMENT_BYTES = 2;
-constexpr int PANEL_COLUMNS = 64;                            // 128 bytes: the width of the swizzle
-constexpr int ROW_BYTES = PANEL_COLUMNS * ELEMENT_BYTES;
-constexpr int PANELS = HEAD_DIM / PANEL_COLUMNS;
-constexpr int PANEL_BYTES = BLOCK * ROW_BYTES;
-constexpr int SLOT_BYTES = PANELS * PANEL_BYTES;             // one block of q, k or v
-constexpr int SLOTS = 229376 / SLOT_BYTES;                   // 224 KB
-constexpr int SLOT_ALIGNMENT = 1024;                         // the swizzle repeats after 8 rows
-constexpr int BARRIER_BYTES = 8;
-constexpr int FULL_OFFSET = SLOTS * SLOT_BYTES;
-constexpr int EMPTY_OFFSET = FULL_OFFSET + SLOTS * BARRIER_BYTES;
-constexpr int NOTES_OFFSET = EMPTY_OFFSET + SLOTS * BARRIER_BYTES;
-constexpr int NOTE_BYTES = 8;                                // keys: their mask; values: the first row to clear
-constexpr int SHARED_BYTES = SLOT_ALIGNMENT + NOTES_OFFSET + SLOTS * NOTE_BYTES;
+enum : int {
+    BLOCK = 64,                                          // slots of a block, rows of a warpgroup's product
+    ELEMENT_BYTES = 2,
+    PANEL_COLUMNS = 64,                                  // 128 bytes: the width of the swizzle
+    ROW_BYTES = PANEL_COLUMNS * ELEMENT_BYTES,
+    PANELS = HEAD_DIM / PANEL_COLUMNS,
+    PANEL_BYTES = BLOCK * ROW_BYTES,
+    SLOT_BYTES = PANELS * PANEL_BYTES,                   // one block of q, k or v
+    SLOTS = 229376 / SLOT_BYTES,                         // 224 KB
+    SLOT_ALIGNMENT = 1024,                               // the swizzle repeats after 8 rows
+    BARRIER_BYTES = 8,
+    FULL_OFFSET = SLOTS * SLOT_BYTES,
+    EMPTY_OFFSET = FULL_OFFSET + SLOTS * BARRIER_BYTES,
+    NOTES_OFFSET = EMPTY_OFFSET + SLOTS * BARRIER_BYTES,
+    NOTE_BYTES = 8,                                      // keys: their mask; values: the first row to clear
+    SHARED_BYTES = SLOT_ALIGNMENT + NOTES_OFFSET + SLOTS * NOTE_BYTES,
 
-constexpr int THREADS = 384;
-constexpr int CONSUMERS = 2;
-constexpr int WARPGROUP = 128;
-constexpr int WARPS_PER_CONSUMER = 4;
-constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = 232;
-constexpr unsigned WAIT_NANOSECONDS = 2000;                  // one try of a wait
-constexpr int WAIT_TRIES = 1 << 22;                          // at most about 8 s, then trap
+    THREADS = 384,
+    CONSUMERS = 2,
+    WARPGROUP = 128,
+    WARPS_PER_CONSUMER = 4,
+    PRODUCER_REGISTERS = 40,
+    CONSUMER_REGISTERS = 232,
+    WAIT_NANOSECONDS = 2000,                             // one try of a wait
+    WAIT_TRIES = 1 << 16,                                // a wait makes so many tries without a clock,
+    WAIT_TURNS = 3,                                      // then goes on until the clock's 4.3 s have turned so often
 
-constexpr int COORDINATE_BITS = 10;                          // of a box's place along one axis of the grid
-constexpr int LARGEST_COORDINATE = 1023;
-constexpr int OUTSIDE = LARGEST_COORDINATE << 2 * COORDINATE_BITS;  // the place of a box of which nothing is in the grid
+    COORDINATE_BITS = 10,                                // of a box's place along one axis of the grid
+    LARGEST_COORDINATE = 1023,
+    OUTSIDE = LARGEST_COORDINATE << 2 * COORDINATE_BITS,  // the place of a box of which nothing is in the grid
 
-// Matrix descriptors: byte offsets as the hardware wants them, divided by 16.
-constexpr unsigned DESCRIPTOR_SWIZZLE_128 = 1u << 30;        // bits 62-63 of the descriptor hold 1
-constexpr unsigned K_STRIDE_BYTES = 8 * ROW_BYTES;           // K-major: from 8 keys to the next 8
-constexpr unsigned K_LEADING_BYTES = 16;                     // K-major with swizzle: not used
-constexpr unsigned K_STEP_BYTES = 16 * ELEMENT_BYTES;        // 16 dimensions on, inside a panel
-constexpr unsigned V_STRIDE_BYTES = 8 * ROW_BYTES;           // MN-major: from 8 keys to the next 8
-constexpr unsigned V_LEADING_BYTES = PANEL_BYTES;            // MN-major: from 64 dimensions to the next 64
-constexpr unsigned V_STEP_BYTES = 16 * ROW_BYTES;            // 16 keys on
+    // Matrix descriptors: byte offsets as the hardware wants them, divided by 16.
+    DESCRIPTOR_SWIZZLE_128 = 1u << 30,                   // bits 62-63 of the descriptor hold 1
+    K_STRIDE_BYTES = 8 * ROW_BYTES,                      // K-major: from 8 keys to the next 8
+    K_LEADING_BYTES = 16,                                // K-major with swizzle: not used
+    K_STEP_BYTES = 16 * ELEMENT_BYTES,                   // 16 dimensions on, inside a panel
+    V_STRIDE_BYTES = 8 * ROW_BYTES,                      // MN-major: from 8 keys to the next 8
+    V_LEADING_BYTES = PANEL_BYTES,                       // MN-major: from 64 dimensions to the next 64
+    V_STEP_BYTES = 16 * ROW_BYTES,                       // 16 keys on
 
-constexpr int SCORES = BLOCK / 2;                            // a thread's scores of one key block
-constexpr int WEIGHTS = SCORES / 2;                          // the same as packed pairs
-constexpr int Q_FRAGMENTS = HEAD_DIM / 4;
-constexpr int OUTPUTS = HEAD_DIM / 2;
-constexpr int STEPS_PER_PANEL = PANEL_COLUMNS / 16;
+    LARGEST_RISE = 8,                                    // binary orders by which scores may exceed the peak in use
+
+    SCORES = BLOCK / 2,                                  // a thread's scores of one key block
+    WEIGHTS = SCORES / 2,                                // the same as packed pairs
+    Q_FRAGMENTS = HEAD_DIM / 4,
+    OUTPUTS = HEAD_DIM / 2,
+    STEPS_PER_PANEL = PANEL_COLUMNS / 16,
+};
 
 static_assert(SHARED_BYTES <= 232448, "more shared memory than an H100 gives to one CTA");
 static_assert(SLOTS % CONSUMERS == 0, "the two rings share the slots evenly");
 static_assert(LARGEST_COORDINATE + 1 == 1 << COORDINATE_BITS, "");
 static_assert(SLOTS <= 32, "the producer notes one bit per slot");
 
-struct alignas(64) TensorMap { unsigned long long opaque[16]; };
+struct alignas(128) TensorMap { unsigned long long opaque[16]; };
 
 // The blocks that are boxes of a token grid. Axes in the order t, h, w; a tile is cut into `parts` boxes.
 struct Boxes {
@@ -127,6 +132,13 @@ DEVICE bool barrier_try_wait(unsigned barrier, unsigned parity) {
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done) : "r"(barrier), "r"(parity), "r"(WAIT_NANOSECONDS) : "memory");
     return done;
+}
+
+// How often the low half of the clock, 2^32 ns, has turned.
+DEVICE unsigned clock_turns() {
+    unsigned turns;
+    asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(turns));
+    return turns;
 }
 
 DEVICE void map_prefetch(const TensorMap* map) {
@@ -273,10 +285,16 @@ DEVICE void wgmma_outputs(float (&o)[OUTPUTS], const unsigned (&p)[2 * WEIGHTS],
 
 // The kernel, in terms of the above.
 
+// Gives up only after many tries and then a long time: a hint of which nothing is made lets tries pass fast, a kernel
+// that others keep off the device lets time pass without a try. Other forms of these loops make ptxas spill.
 DEVICE void wait(unsigned barrier, unsigned parity) {
 #pragma unroll 1
     for (int tries = 0; tries < WAIT_TRIES; ++tries)
         if (barrier_try_wait(barrier, parity)) return;
+    unsigned start = clock_turns();
+#pragma unroll 1
+    do if (barrier_try_wait(barrier, parity)) return;
+    while (clock_turns() - start < WAIT_TURNS);
     stop_kernel();
 }
 
@@ -504,7 +522,8 @@ DEVICE void mask_keys(float (&s)[2 * SCORES], Mask mask, int lane) {
     }
 }
 
-// Scores to weights, not normalised. decay: what has been summed so far is to be multiplied by it.
+// Scores to weights, not normalised. decay: what has been summed so far is to be multiplied by it, exactly 1 where the
+// peak stays. It stays while no score is 2^LARGEST_RISE times above it: such weights still fit, and a rescale is saved.
 template <int N>
 DEVICE void softmax(float (&s)[2 * SCORES], float (&peak)[2], float (&total)[2], float (&decay)[2], float scale) {
     float shift[2];
@@ -515,8 +534,9 @@ DEVICE void softmax(float (&s)[2 * SCORES], float (&peak)[2], float (&total)[2],
         for (int i = 2 * r; i < N; i += 4) top = larger(larger(top, s[i]), s[i + 1]);
         top = larger(top, from_lane_xor(top, 1));
         top = larger(top, from_lane_xor(top, 2));
+        if ((top - peak[r]) * scale <= LARGEST_RISE) top = peak[r];
         shift[r] = top == none() ? 0.0f : top * scale;
-        decay[r] = exp2_of(multiply_add(peak[r], scale, -shift[r]));
+        decay[r] = top == peak[r] ? 1.0f : exp2_of((peak[r] - top) * scale);
         peak[r] = top;
         total[r] *= decay[r];
     }

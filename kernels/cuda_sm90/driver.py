@@ -1,7 +1,7 @@
 """The CUDA driver through ctypes: load a cubin, describe tensors to the copy engine, launch.
 
-Every call needs the device's primary context current on this thread; torch sees to that inside
-`torch.cuda.device(...)` once it has allocated there. Signatures: CUDA driver API reference, cuda.h.
+Every call needs the device's primary context current on this thread: `Driver.make_current`. Signatures: CUDA driver
+API reference, cuda.h.
 """
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from functools import lru_cache
 
 from .tensor_map import Layout
 
-MAP_BYTES, MAP_ALIGNMENT = 128, 64
+MAP_BYTES, MAP_ALIGNMENT = 128, 128
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
-_INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_256B, _FILL_ZERO = 0, 3, 3, 0
+_INTERLEAVE_NONE, _SWIZZLE_128B, _FILL_ZERO = 0, 3, 0
+_L2_PROMOTIONS = {128: 2, 256: 3}
 
 
 class DriverError(RuntimeError):
@@ -27,6 +28,7 @@ class Driver:
 
     def __init__(self, library=None):
         self._library = library if library is not None else _open()
+        self._contexts: dict[int, ctypes.c_void_p] = {}
         self.encode = lru_cache(maxsize=1024)(self._encode)
         """`_encode`, which depends on nothing but its arguments: layers whose tensors lie alike share their maps."""
 
@@ -42,6 +44,22 @@ class Driver:
         text = ctypes.c_char_p()
         known = self._library.cuGetErrorString(code, ctypes.byref(text)) == 0 and text.value
         return f"{text.value.decode()} (CUDA error {code})" if known else f"CUDA error {code}"
+
+    def make_current(self, device: int) -> None:
+        """There is a current context on this thread: the one that was, or else the device's primary one.
+
+        `torch.cuda.device(...)` makes none in a thread whose device it need not change.
+        """
+        current = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(current))
+        if current.value:
+            return
+        if device not in self._contexts:
+            handle, context = ctypes.c_int(), ctypes.c_void_p()
+            self._call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device))
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+            self._contexts[device] = context
+        self._call("cuCtxSetCurrent", self._contexts[device])
 
     def load(self, cubin: bytes, kernel: str, shared_bytes: int) -> ctypes.c_void_p:
         """The function `kernel` of a cubin, allowed to use `shared_bytes` of dynamic shared memory."""
@@ -61,7 +79,7 @@ class Driver:
             ctypes.c_void_p(address), (ctypes.c_uint64 * rank)(*layout.sizes),
             (ctypes.c_uint64 * (rank - 1))(*layout.strides), (ctypes.c_uint32 * rank)(*layout.box),
             (ctypes.c_uint32 * rank)(*[1] * rank), ctypes.c_int(_INTERLEAVE_NONE), ctypes.c_int(_SWIZZLE_128B),
-            ctypes.c_int(_L2_PROMOTION_256B), ctypes.c_int(_FILL_ZERO))
+            ctypes.c_int(_L2_PROMOTIONS[layout.row_bytes]), ctypes.c_int(_FILL_ZERO))
         return encoded
 
     def launch(self, function, grid: Sequence[int], threads: int, shared_bytes: int, stream: int, arguments) -> None:

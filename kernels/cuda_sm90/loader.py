@@ -41,9 +41,9 @@ def key(head_dim: int, dtype: str) -> str:
 
 @cache
 def constant(name: str, head_dim: int) -> int:
-    """A `constexpr` integer of the source, computed from its own text."""
+    """A constant of the source, computed from its own text."""
     names = {"HEAD_DIM": head_dim}
-    for found, text in re.findall(r"^constexpr (?:int|unsigned) (\w+) = ([^;]+);", source(), re.MULTILINE):
+    for found, text in re.findall(r"^    ([A-Z]\w+) = ([^,]+),", source(), re.MULTILINE):
         names[found] = _value(text, names)
     return names[name]
 
@@ -84,7 +84,14 @@ class Loader:
         return self._driver
 
     def function(self, device: int, head_dim: int, dtype: str):
-        """The kernel on a device whose context is current. Raises KernelUnusable with the reason of every step."""
+        """The kernel on a device, which has a current context afterwards.
+
+        Raises KernelUnusable with the reason of every step.
+        """
+        try:
+            self.driver().make_current(device)
+        except DriverError as error:
+            raise KernelUnusable(f"no context on cuda:{device}: {error}") from None
         variant = device, head_dim, dtype
         with self._lock:
             if variant in self._failures:

@@ -24,6 +24,8 @@ class Layout(NamedTuple):
     """In bytes, of all dimensions but the innermost, which is contiguous."""
     box: tuple[int, ...]
     """What one copy moves."""
+    row_bytes: int
+    """Of one token and head: what a miss in the L2 cache may bring at once, as no copy wants the next head's."""
 
 
 def packed_layout(x: torch.Tensor) -> Layout:
@@ -34,7 +36,8 @@ def packed_layout(x: torch.Tensor) -> Layout:
     (batch, slots, heads, dim), size = x.shape, x.element_size()
     panels, panel_bytes = dim // PANEL_COLUMNS, PANEL_COLUMNS * size
     steps = (_bytes(x, 1), panel_bytes, _bytes(x, 2), _bytes(x, 0))
-    return Layout((PANEL_COLUMNS, slots, panels, heads, batch), steps, (PANEL_COLUMNS, BLOCK, panels, 1, 1))
+    return Layout((PANEL_COLUMNS, slots, panels, heads, batch), steps, (PANEL_COLUMNS, BLOCK, panels, 1, 1),
+                  dim * size)
 
 
 def box_layout(x: torch.Tensor, grid: TileGrid, box: tuple[int, int, int]) -> Layout:
@@ -44,7 +47,8 @@ def box_layout(x: torch.Tensor, grid: TileGrid, box: tuple[int, int, int]) -> La
     """
     row = x.stride(1) * x.element_size()
     steps = (row, grid.w * row, grid.h * grid.w * row, _bytes(x, 2))
-    return Layout((x.shape[3], *reversed(grid.thw), x.shape[2]), steps, (PANEL_COLUMNS, *reversed(box), 1))
+    return Layout((x.shape[3], *reversed(grid.thw), x.shape[2]), steps, (PANEL_COLUMNS, *reversed(box), 1),
+                  x.shape[3] * x.element_size())
 
 
 def _bytes(x: torch.Tensor, axis: int) -> int:

@@ -6,11 +6,12 @@ import ctypes
 import pytest
 
 import bundle_cubins
+import compiled_once
+from compiled_once import VARIANTS
 from pack.kernels.cuda_sm90 import loader
 from pack.kernels.cuda_sm90.cache import Cache
 from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
 
-VARIANTS = [(dim, dtype) for dim in (64, 128) for dtype in ("bfloat16", "float16")]
 MADE_BY = (loader.BUNDLED / "NVRTC").read_text().strip()
 
 
@@ -30,7 +31,7 @@ def test_nvrtc_builds_the_same_bytes(variant):
         pytest.skip(str(error))
     if nvrtc.version() != MADE_BY:
         pytest.skip(f"NVRTC here is {nvrtc.version()}, the files were made by {MADE_BY}")
-    built, _ = nvrtc.compile(loader.source(), loader.SOURCE.name, loader.options(*variant))
+    built, _ = compiled_once.with_nvrtc(loader.BUNDLED_BY, *variant)
     assert Cache(loader.BUNDLED).read(loader.key(*variant)) == built
 
 
@@ -38,6 +39,9 @@ def test_the_pack_loads_them_first_and_compiles_nothing(tmp_path):
     loaded = []
 
     class Driver:
+        def make_current(self, device):
+            pass
+
         def load(self, cubin, kernel, shared_bytes):
             loaded.append(cubin)
             return ctypes.c_void_p(1)
@@ -52,12 +56,20 @@ def test_the_pack_loads_them_first_and_compiles_nothing(tmp_path):
     assert ready.steps().count("bundled cubin: loaded") == len(VARIANTS)
 
 
-def test_bundling_anew_removes_what_belongs_to_an_older_source(tmp_path, capsys):
+def test_bundling_anew_removes_what_belongs_to_an_older_source(tmp_path, capsys, monkeypatch):
+    def compiled(nvrtc, source, name, options):
+        variant, = (variant for variant in VARIANTS if loader.options(*variant) == options)
+        assert (source, name, nvrtc.version()) == (loader.source(), loader.SOURCE.name, made_by)
+        return compiled_once.with_nvrtc(loader.BUNDLED_BY, *variant)
+
     try:
-        Nvrtc(majors=loader.BUNDLED_BY)
+        made_by = Nvrtc(majors=loader.BUNDLED_BY).version()
+        made = {loader.key(*variant): compiled_once.with_nvrtc(loader.BUNDLED_BY, *variant)[0] for variant in VARIANTS}
     except NvrtcError as error:
         pytest.skip(str(error))
+    monkeypatch.setattr(Nvrtc, "compile", compiled)
     (tmp_path / "block_sparse_forward-sm_90a-64-bfloat16-older.cubin").touch()
     bundle_cubins.main(["--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {*(loader.key(*variant) for variant in VARIANTS), "NVRTC"}
+    assert {path.name for path in tmp_path.iterdir()} == {*made, "NVRTC"}
+    assert {name: Cache(tmp_path).read(name) for name in made} == made
     assert capsys.readouterr().out.count(" bytes") == len(VARIANTS)

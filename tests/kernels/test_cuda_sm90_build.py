@@ -5,22 +5,22 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
+import compiled_once
+import cubin as cubin_tools
+import sass
+from compiled_once import VARIANTS
 from pack.kernels.cuda_sm90.loader import ARCHITECTURE, KERNEL, SOURCE, constant, options, source
 from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
-
-VARIANTS = [(dim, dtype) for dim in (64, 128) for dtype in ("bfloat16", "float16")]
 
 
 def build_with_nvrtc(dim, dtype, folder):
     try:
-        nvrtc = Nvrtc()
+        return compiled_once.with_nvrtc(None, dim, dtype)
     except NvrtcError as error:
-        pytest.skip(f"{error}")
-    return nvrtc.compile(source(), SOURCE.name, options(dim, dtype))
+        pytest.skip(str(error))
 
 
 def build_with_nvcc(dim, dtype, folder):
@@ -68,38 +68,36 @@ def test_registers_and_shared_memory_fit_one_cta(builds, variant):
     assert constant("SHARED_BYTES", variant[0]) <= 227 * 1024
 
 
-@pytest.fixture(scope="module")
-def tools():
-    triton = pytest.importorskip("triton")
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    if not (folder / "nvdisasm").exists():
-        pytest.skip("this triton brings no nvdisasm")
-    return folder
-
-
-def disassembled(cubin, tools, folder):
-    (folder / "kernel.cubin").write_bytes(cubin)
-    return subprocess.run([tools / "nvdisasm", "-c", folder / "kernel.cubin"], check=True, capture_output=True,
-                          text=True).stdout
+def disassembled(cubin):
+    if cubin_tools.tools() is None:
+        pytest.skip("no triton that brings nvdisasm")
+    return cubin_tools.disassembled(cubin)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_the_machine_code_holds_what_the_design_asks_for(builds, variant, tools, tmp_path):
-    sass = disassembled(builds[variant][0], tools, tmp_path)
+def test_the_machine_code_holds_what_the_design_asks_for(builds, variant):
+    text = disassembled(builds[variant][0])
     dim = variant[0]
     keys, values = 2 * (1 + 2 * 2) * dim // 32, 4 * (1 + 2 + 2)
-    assert len(re.findall(r"\bHGMMA\.", sass)) == keys + values
-    assert len(re.findall(rf"\bHGMMA\.64x{dim}x16\.F32(?:\.BF16)?.*\.tnspB", sass)) == values
-    assert len(re.findall(r"\bUTMALDG\.5D\b", sass)) >= 3
-    assert "USETMAXREG" in sass and not re.search(r"\b(LDL|STL|HMMA)\b", sass)
-    assert f".{KERNEL}" in sass
+    assert len(re.findall(r"\bHGMMA\.", text)) == keys + values
+    assert len(re.findall(rf"\bHGMMA\.64x{dim}x16\.F32(?:\.BF16)?.*\.tnspB", text)) == values
+    assert len(re.findall(r"\bUTMALDG\.5D\b", text)) >= 3
+    assert "USETMAXREG" in text and not re.search(r"\b(LDL|STL|HMMA)\b", text)
+    assert f".{KERNEL}" in text
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_exponentials_stand_between_the_two_waits_of_the_loop(builds, variant, tools, tmp_path):
+def test_the_machine_code_keeps_the_rules_of_products_whoever_compiled_it(builds, variant):
+    listing = sass.Listing(disassembled(builds[variant][0]))
+    used = int(re.search(r"Used (\d+) registers", builds[variant][1])[1])
+    assert sass.faults(listing, constant("EMPTY_OFFSET", variant[0]), used) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_exponentials_stand_between_the_two_waits_of_the_loop(builds, variant):
     """Without that the product of weights and values would have to end before softmax may start."""
-    sass = disassembled(builds[variant][0], tools, tmp_path)
-    events = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|WARPGROUP\.ARRIVE", sass)
+    text = disassembled(builds[variant][0])
+    events = re.findall(r"MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x[01]|WARPGROUP\.ARRIVE", text)
     start = events.index("WARPGROUP.DEPBAR.LE gsb0, 0x1")
     loop = events[start + 1:events.index("WARPGROUP.DEPBAR.LE gsb0, 0x0", start)]
     assert events.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") == 1

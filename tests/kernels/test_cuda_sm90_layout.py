@@ -194,8 +194,9 @@ def test_matrix_loads_of_q_give_the_fragments_of_the_first_product(dim, copied_b
 
 def test_the_source_needs_no_header_and_bounds_every_wait():
     assert "#include" not in source()
-    assert source().count("barrier_try_wait(") == 2, "its definition and the one bounded loop"
-    assert re.search(r"tries < WAIT_TRIES.*?stop_kernel\(\);", source(), re.DOTALL)
-    assert constant("WAIT_TRIES", 64) * constant("WAIT_NANOSECONDS", 64) < 10e9
+    assert source().count("barrier_try_wait(") == 3, "its definition and the two bounded loops"
+    assert re.search(r"tries < WAIT_TRIES.*?clock_turns\(\) - start < WAIT_TURNS\);\s+stop_kernel", source(), re.DOTALL)
+    assert constant("WAIT_TRIES", 64) * constant("WAIT_NANOSECONDS", 64) < 1e9
+    assert 8e9 < (constant("WAIT_TURNS", 64) - 1) * 2 ** 32 and constant("WAIT_TURNS", 64) * 2 ** 32 < 13e9
     registers = constant("PRODUCER_REGISTERS", 64) + 2 * constant("CONSUMER_REGISTERS", 64)
     assert registers * 128 <= 65536

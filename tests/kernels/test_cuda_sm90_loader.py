@@ -1,10 +1,7 @@
 """Every way of not getting the kernel ends in a reason and the next step, never in a crash."""
 from __future__ import annotations
 
-import ctypes
-import math
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -13,53 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fake_driver import FakeCuda, FakeNvrtc, loader
 from pack.kernels import Call, KernelUnusable, backend_list
 from pack.kernels.cuda_sm90 import cache as cache_module
-from pack.kernels.cuda_sm90 import launch, nvrtc
-from pack.kernels.cuda_sm90.boxes import Boxes, Coarse
+from pack.kernels.cuda_sm90 import nvrtc
 from pack.kernels.cuda_sm90.cache import Cache, CacheMiss
-from pack.kernels.cuda_sm90.driver import NO_MAP, Driver, DriverError
-from pack.kernels.cuda_sm90.loader import Loader, constant, key
+from pack.kernels.cuda_sm90.driver import Driver, DriverError
+from pack.kernels.cuda_sm90.loader import Loader, key
 from pack.kernels.cuda_sm90.nvrtc import Nvrtc, NvrtcError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = key(128, "bfloat16")
-
-
-class FakeCuda:
-    """libcuda: answers like it, refuses the calls named in `broken` with that code."""
-
-    def __init__(self, absent=(), **broken):
-        self.broken, self.calls = broken, []
-        for name in ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuTensorMapEncodeTiled",
-                     "cuLaunchKernel"):
-            if name not in absent:
-                setattr(self, name, lambda *args, name=name: self._answer(name, args))
-
-    def _answer(self, name, args):
-        self.calls.append((name, args))
-        code = self.broken.get(name, 0)
-        return code(*args) if callable(code) else code
-
-    def cuGetErrorString(self, code, text):
-        text._obj.value = {209: b"no kernel image is available", 1: b"invalid argument"}.get(code)
-        return 0 if text._obj.value else 1
-
-
-class FakeNvrtc:
-    def __init__(self, error=None):
-        self.error, self.compiled = error, 0
-
-    def compile(self, source, name, options):
-        if self.error:
-            raise NvrtcError(self.error)
-        self.compiled += 1
-        return b"cubin from NVRTC", ""
-
-
-def loader(tmp_path, cuda=None, compiler=None, bundled=None):
-    return Loader(lambda: Driver(cuda or FakeCuda()), lambda: compiler or FakeNvrtc(), Cache(tmp_path / "disk"),
-                  Cache(bundled or tmp_path / "bundled"))
 
 
 def loaded(cuda):
@@ -230,89 +191,6 @@ def test_the_names_on_windows_are_those_that_torch_ships(monkeypatch):
     names = nvrtc._names(12), nvrtc._names(13)
     monkeypatch.undo()
     assert names == (["nvrtc64_120_0.dll"], ["nvrtc64_130_0.dll"])
-
-
-def operands(dim=128):
-    q, k, v = (torch.randn(1, 192, 2, dim).bfloat16() for _ in range(3))
-    indices = torch.arange(3, dtype=torch.int32).expand(1, 2, 3, 3)
-    return q, k, v, indices, torch.full((1, 2, 3), 3, dtype=torch.int32), torch.full((3,), 64, dtype=torch.int32)
-
-
-def test_a_launch_hands_over_what_the_kernel_declares(tmp_path):
-    seen = {}
-
-    def launched(*args):
-        seen["configuration"] = [a.value for a in args[1:8]]
-        pointers = list(args[9])
-        kinds = [ctypes.c_void_p] * 6 + [ctypes.c_longlong] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float]
-        seen["maps"] = pointers[:6]
-        seen["boxes"], seen["coarse"] = Boxes.from_address(pointers[6]), Coarse.from_address(pointers[7])
-        seen["values"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers[8:], strict=True)]
-        assert (seen["boxes"].blocks, seen["coarse"].means) == (0, None)
-        return 0
-
-    cuda, tensors = FakeCuda(cuLaunchKernel=launched), operands()
-    out, lse = launch.run(*tensors, 0.25, True, loader=loader(tmp_path, cuda))
-    encoded = [args for name, args in cuda.calls if name == "cuTensorMapEncodeTiled"]
-    assert seen["maps"] == [ctypes.addressof(NO_MAP)] * 3 + [ctypes.addressof(args[0]) for args in encoded]
-    for args, x in zip(encoded, tensors):
-        assert ctypes.addressof(args[0]) % 64 == 0 and ctypes.sizeof(args[0]) == 128
-        assert [args[1].value, args[2].value, args[3].value] == [9, 5, x.data_ptr()]
-        assert [list(args[i]) for i in (4, 5, 6, 7)] == [
-            [64, 192, 2, 2, 1], [512, 128, 256, 128], [64, 64, 2, 1, 1], [1] * 5]
-        assert [a.value for a in args[8:]] == [0, 3, 3, 0]
-    assert seen["configuration"] == [2, 2, 1, constant("THREADS", 128), 1, 1, constant("SHARED_BYTES", 128)]
-    *values, scale = seen["values"]
-    assert values == [*(x.data_ptr() for x in (out, lse, *tensors[3:])), None, 0, 0, 0, 1, 6, 3, 1, 3, 3, 3, 3, 192]
-    assert scale == pytest.approx(0.25 * math.log2(math.e))
-
-
-def launch_parameters():
-    from pack.kernels.cuda_sm90.loader import source
-    text = source().split("block_sparse_forward(")[1].split(") {")[0]
-    return [parameter.split()[-1] for parameter in text.split(",")]
-
-
-def test_the_parameters_stand_in_the_order_in_which_they_are_handed_over():
-    assert launch_parameters() == [
-        "q_boxes", "k_boxes", "v_boxes", "q_packed", "k_packed", "v_packed", "boxes", "coarse", "out", "lse", "indices",
-        "counts", "block_sizes", "packed_rows", "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb",
-        "stride_ch", "stride_cq", "longest", "lists", "query_blocks", "key_blocks", "tokens", "scale_log2e"]
-
-
-@pytest.mark.parametrize("structure", [Boxes, Coarse])
-def test_the_fields_of_a_structure_stand_in_the_order_in_which_they_are_filled(structure):
-    from pack.kernels.cuda_sm90.loader import source
-    text = source().split(f"struct {structure.__name__} {{")[1].split("};")[0]
-    declared = [re.sub(r"\[\d+\]", "", name) for line in text.splitlines() if ";" in line
-                for name in re.findall(r"(\w+(?:\[\d+\])?)\s*[,;]", line.split("//")[0])]
-    assert declared == [name for name, _ in structure._fields_]
-
-
-def test_tensors_that_lie_alike_share_their_tensor_maps(tmp_path):
-    cuda, tensors = FakeCuda(), operands()
-    ready = loader(tmp_path, cuda)
-    for _ in range(3):
-        launch.run(*tensors, 0.25, False, loader=ready)
-    assert [name for name, _ in cuda.calls].count("cuTensorMapEncodeTiled") == 3
-    launch.run(tensors[0].clone(), *tensors[1:], 0.25, False, loader=ready)
-    assert [name for name, _ in cuda.calls].count("cuTensorMapEncodeTiled") == 4
-
-
-@pytest.mark.parametrize("cuda", [FakeCuda(cuTensorMapEncodeTiled=1), FakeCuda(cuLaunchKernel=1),
-                                  FakeCuda(absent=["cuTensorMapEncodeTiled"])], ids=["encode", "launch", "no encode"])
-def test_a_refused_launch_is_a_reason_with_the_shapes(tmp_path, cuda):
-    with pytest.raises(KernelUnusable, match=r"the driver refused a launch over \[1, 192, 2, 128\] with strides"):
-        launch.run(*operands(), 0.25, True, loader=loader(tmp_path, cuda))
-
-
-def test_nothing_to_attend_to_needs_no_kernel(tmp_path):
-    q, k, v, indices, counts, sizes = operands()
-    ready = loader(tmp_path, compiler=FakeNvrtc("must not be asked"))
-    out, lse = launch.run(q, k[:, :0], v[:, :0], indices, counts, sizes[:0], 0.25, True, loader=ready)
-    assert not out.any() and (lse == -math.inf).all()
-    out, lse = launch.run(q[:, :0], k, v, indices[:, :, :0], counts[:, :, :0], sizes, 0.25, False, loader=ready)
-    assert out.shape == (1, 0, 2, 128) and lse is None
 
 
 def test_importing_the_kernel_opens_no_library_and_reads_no_cache():
