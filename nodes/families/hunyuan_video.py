@@ -9,6 +9,7 @@ the prompt's mask hides stay hidden. Dense: the two self-attention blocks that r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -24,12 +25,14 @@ class HunyuanVideo:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.hidden_size // net.num_heads
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+    def blocks(self, net) -> Sequence:
+        return (*net.double_blocks, *net.single_blocks)
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         doubles = len(net.double_blocks)
-        index = options.get("block_index")
-        if index is not None and options.get("block_type") == "single":
-            index += doubles
-        return index, doubles + len(net.single_blocks)
+        if running is None and (running := options.get("block_index")) is not None:
+            running += doubles * (options.get("block_type") == "single")
+        return running, doubles + len(net.single_blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         patch = tuple(net.patch_size)

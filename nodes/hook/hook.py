@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import kernels
 from ...vsa_core.grid import TokenGrid
 from ..families import VideoFamily, family_of
+from ..families.running_block import running_block, told_apart
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
 from .method import LayerCall, Method, StaysDense, Step
@@ -164,7 +165,8 @@ class SparseAttentionHook:
             args[3] = options
         else:
             kwargs["transformer_options"] = options
-        return executor(x, t, *args, **kwargs)
+        with told_apart(self.family.blocks(base.diffusion_model)):
+            return executor(x, t, *args, **kwargs)
 
     # -- one attention call -------------------------------------------------------------------------------------
 
@@ -184,12 +186,13 @@ class SparseAttentionHook:
             run.other[grid] += 1
             with run.timed(OTHER, None, q.device):
                 return self._dense(func, options, q, k, v, heads, *args, **kwargs)
-        layer, layers = self.family.layer(step.net, options, step.seen)
-        step.seen += 1
+        layer, layers = self.family.layer(step.net, options, running_block(options))
+        of_heads = self.family.heads(step.net)[0]
+        part = step.heads_of(layer, heads, of_heads)
         reason = self._reason_for_dense(step, grid, layer, layers)
         if reason is None:
             qkv = tuple(to_bshd(x, heads, skip_reshape) for x in (q, k, v))
-            call = LayerCall("", layer, layers, step, options, None)
+            call = LayerCall("", layer, layers, part, of_heads, step, options, None)
             out, reason = self._sparse(call, grid, *qkv, given.get("scale"))
             if out is not None:
                 run.layers[layer][SPARSE] += 1
@@ -232,8 +235,11 @@ class SparseAttentionHook:
             return f"fewer than {self.settings.min_tokens} tokens"
         if not step.scheduled:
             return "outside start_percent..end_percent"
-        if layer is not None and self.settings.dense_blocks.contains(layer, layers):
-            return "dense_blocks"
+        if self.settings.dense_blocks.ranges:
+            if layer is None:
+                return "layer not known"
+            if self.settings.dense_blocks.contains(layer, layers):
+                return "dense_blocks"
         return None
 
     def _sparse(self, call: LayerCall, grid: TokenGrid, q, k, v, scale) -> tuple[Tensor | None, str | None]:

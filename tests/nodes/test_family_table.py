@@ -165,9 +165,3 @@ def test_audio_with_the_videos_heads_and_length_leaves_both_dense():
     call = LtxVideo().observe(net, (1, 1, 999), torch.zeros(1, 7, 8), {
         "latent_shapes": [(1, 128, 3, 4, 6), (1, 8, 72, 16)]})
     assert call.thw == (3, 4, 6) and 72 in call.context_lengths
-
-
-def test_blocks_without_attention_under_spatio_temporal_guidance_are_skipped_in_the_count():
-    from pack.nodes.families.ltx_video import LtxVideo
-    net, options = SimpleNamespace(transformer_blocks=[0] * 5), {"stg_self_attn_blocks": [1, 3]}
-    assert [LtxVideo().layer(net, options, seen) for seen in range(4)] == [(0, 5), (2, 5), (4, 5), (None, 5)]
