@@ -7,8 +7,8 @@ host runs each condition on its own, batch 1, and hands the hook plain tensors. 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid

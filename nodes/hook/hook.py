@@ -64,7 +64,6 @@ class SparseAttentionHook:
         options[OVERRIDE] = hook.override
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, hook.key, hook._outer_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, hook.key, hook._apply_model)
-        clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, hook.key, hook._prepare_state)
         clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, hook.key, hook._cleanup)
         return clone
 
@@ -80,8 +79,7 @@ class SparseAttentionHook:
                 log.info("[%s] replaces the settings of an earlier %s node", self.method.name, self.method.name)
                 for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
                     clone.remove_wrappers_with_key(kind, old.key)
-                for kind in (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP):
-                    clone.remove_callbacks_with_key(kind, old.key)
+                clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, old.key)
                 if options.get(OVERRIDE) is old.override:
                     options[OVERRIDE] = old._found_override
                     if old._found_override is None:
@@ -130,10 +128,8 @@ class SparseAttentionHook:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def _prepare_state(self, patcher, timestep, model_options=None, *_):
-        """Put the override back on top when a node after ours has taken its place."""
-        options = (patcher.model_options if model_options is None else model_options)
-        options = options.setdefault("transformer_options", {})
+    def _take_top(self, options: dict) -> None:
+        """Put the override back on top, for this forward pass, when a node after ours has taken its place."""
         found = options.get(OVERRIDE)
         if not self._is_under(found, options):
             options[self._previous_key], options[OVERRIDE] = found, self.override
@@ -161,6 +157,7 @@ class SparseAttentionHook:
         run.steps += 1
         step = Step(run, base.diffusion_model, call, low <= sigma <= high, run.steps, *_place(sigma, options))
         options = {**options, self._step_key: step}
+        self._take_top(options)
         if len(args) > 3:
             args[3] = options
         else:
