@@ -1,4 +1,4 @@
-"""The oldest ComfyUI that the pack runs in: one number in every place, and a sentence for those who have an older one."""
+"""The oldest ComfyUI that the pack runs in: one number everywhere, and a sentence for who has an older one."""
 import asyncio
 import sys
 from pathlib import Path
