@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, token_grid, video_thw
+from .abstract import UNKNOWN_TOKENS, ModelCall, built_on, length, present, token_grid, video_thw
 
 
 class HunyuanVideo:
@@ -45,4 +45,18 @@ class HunyuanVideo:
 
     def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
                heads: tuple[int, int]) -> TokenGrid | str:
-        return call.place(num_tokens) if "block_type" in options else "text refiner"
+        if "block_type" not in options:
+            return "text refiner"
+        return call.place(num_tokens) if _text_comes_first(net, call, options, num_tokens) else UNKNOWN_TOKENS
+
+
+def _text_comes_first(net, call: ModelCall, options: dict[str, Any], num_tokens: int) -> bool:
+    """Whether nothing that the host shows of its order contradicts it.
+
+    Double blocks of ComfyUI before 0.14, and of models made after them, say that they put the clip first. Single
+    blocks are told where the clip and its reference image lie.
+    """
+    if any(getattr(block, "flipped_img_txt", False) for block in net.double_blocks):
+        return False
+    first, last = options.get("img_slice") or (call.prefix, num_tokens)
+    return last == num_tokens and (first == call.prefix or "ref_latent" in call.conds and first < call.prefix)
