@@ -48,11 +48,11 @@ gpu: ## on an NVIDIA GPU: every kernel against the oracle, 1000 equal runs, comp
 		$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels -k "$$kernel" || failed=1; done; [ -z "$$failed" ]
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck synccheck; do \
-			timeout 100 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) dev/self_test.py || exit 1; done; \
+			timeout 300 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) dev/prove_here.py || exit 1; done; \
 	else echo "compute-sanitizer is not here: not run"; fi
 
 bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into benchmarks/results (starts nothing new after 7 minutes, then the stages)
-	$(GPU_PYTHON) dev/self_test.py
+	$(GPU_PYTHON) -m kernels.prove
 	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
 	$(GPU_PYTHON) benchmarks/stages.py --shapes "H12 32760" "H40 75600" --sparsities 0.9
 

@@ -239,11 +239,11 @@ def main(arguments=None) -> Path:
     args = parse(arguments)
     device, deadline = prepare_to_measure(args), time.monotonic() + args.seconds
     from pack.kernels import Call
-    from pack.kernels.proven import source_hash
+    from pack.kernels.spec import fingerprint
     from pack.kernels.triton import SPEC
     from pack.kernels.triton.configs import config_for
     run = load_kernel(device)
-    report = start(args, device, source_hash=source_hash(SPEC.source), sparsity=args.sparsity)
+    report = start(args, device, files=fingerprint(SPEC.files), sparsity=args.sparsity)
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
     problems = list(itertools.product(sorted(set(args.head_dims)), dict.fromkeys(args.dtypes), shapes))
     for place, (dim, dtype, shape) in enumerate(problems):

@@ -5,70 +5,82 @@ list came about, and what the tokens are, is not this package's business.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from . import cuda_sm90, gathered, reference, self_test, triton
+from . import cuda_sm90, gathered, reference, tile_ops, triton
+from .choice import AUTO, choose, refusal
+from .contest import Contest, Span
+from .proofs import PROOFS, PROVE_COMMAND, words
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
 from .tile_grid import TileGrid
 from .tile_ops import select_tiles, tile_means
 
-__all__ = ["BLOCK", "KERNELS", "AUTO", "Call", "KernelSpec", "KernelUnusable", "NoKernel", "TileGrid", "backend_list",
-           "block_sparse_attention", "choose_kernel", "explain_kernels", "select_tiles", "tile_means"]
+__all__ = ["BLOCK", "KERNELS", "AUTO", "PROOFS", "PROVE_COMMAND", "Call", "Contest", "KernelSpec", "KernelUnusable",
+           "NoKernel", "Span", "TileGrid", "backend_list", "block_sparse_attention", "choose_kernel", "explain_kernels",
+           "proof_words", "prove_kernels", "select_tiles", "tile_means"]
 
-AUTO = "auto"
 KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
 
 
 def explain_kernels(call: Call, auto: bool = False) -> dict[str, str | None]:
-    """For every kernel in the order of preference: None if it runs `call`, else the reason why not."""
-    return {spec.name: _refusal(spec, call, auto) for spec in KERNELS}
+    """For every kernel in the order of preference: None if it may run `call`, else the reason why not. Runs nothing."""
+    return {spec.name: refusal(spec, call, PROOFS, auto) for spec in KERNELS}
+
+
+def proof_words(name: str, call: Call) -> str:
+    """What the kernel of that name has shown on the card of `call`; empty where nothing had to be or has been."""
+    spec = next((spec for spec in KERNELS if spec.name == name), None)
+    found = PROOFS.known(spec, call) if spec is not None and spec.files else None
+    return "" if found is None else f"{words(found)} on this {call.card}, {found.date}"
 
 
 def backend_list(call: Call, backend: str = AUTO, failed: dict[str, str] | None = None) -> list[str]:
-    """One line per kernel in the order of preference: that it can run `call` or why not, and where its code came from.
+    """One line per kernel in the order of preference: that it can run `call` or why not, what it has shown on this
+    card, and where its code came from.
 
     backend: what the user chose; a named kernel may run where "auto" passes over it.   failed: as `choose_kernel`'s.
     """
     lines = []
     for spec in KERNELS:
-        reason = (failed or {}).get(spec.name) or _refusal(spec, call, auto=spec.name != backend)
-        origin = spec.origin()
-        lines.append(f"{spec.name}: {reason or 'can run'}{f' ({origin})' if origin else ''}")
+        reason = (failed or {}).get(spec.name) or refusal(spec, call, PROOFS, auto=spec.name != backend)
+        facts = [fact for fact in ("" if reason else proof_words(spec.name, call), spec.origin()) if fact]
+        known = f" ({'; '.join(facts)})" if facts else ""
+        lines.append(f"{spec.name}: {reason or 'can run'}{known}")
     return lines
 
 
-def _refusal(spec: KernelSpec, call: Call, auto: bool) -> str | None:
-    return spec.refusal(call, auto) or self_test.refusal(spec, call)
+def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None,
+                  announce: Callable[[str], object] | None = None) -> KernelSpec:
+    """The first kernel that runs `call` and is right on its card, or the one that `backend` names.
 
-
-def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None) -> KernelSpec:
-    """The first kernel that runs `call`, or the one that `backend` names.
-
-    exclude: kernels not to take, with the reason (one that failed earlier in this run).
+    A kernel that has not been proven on the card is proven now. exclude: kernels not to take, with the reason (one
+    that failed earlier in this run).   announce: told a sentence before a proof is made.
     Raises ValueError for a name that is not in the table, NoKernel with every reason when none can run.
     """
-    exclude = exclude or {}
     names = [spec.name for spec in KERNELS]
     if backend != AUTO and backend not in names:
         raise ValueError(f"unknown kernel {backend!r}: wanted {AUTO!r} or one of {', '.join(names)}")
-    reasons = {}
-    for spec in KERNELS:
-        if backend not in (AUTO, spec.name):
-            continue
-        reason = exclude.get(spec.name) or _refusal(spec, call, auto=backend == AUTO)
-        if reason is None:
-            return spec
-        reasons[spec.name] = reason
-    if backend == AUTO:
-        advice = "Choose another backend by name, or dense attention."
-    else:
-        others = [name for name, reason in explain_kernels(call).items() if reason is None and name != backend]
-        advice = f"Choose {', '.join([AUTO, *others])}, or dense attention."
-    why = " · ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise NoKernel(f"no kernel for this call: {why}. {advice}")
+    try:
+        return choose(KERNELS, call, PROOFS, backend, exclude, announce)
+    except NoKernel as error:
+        if backend == AUTO:
+            advice = "Attention stays dense."
+        else:
+            others = [name for name, reason in explain_kernels(call, auto=True).items()
+                      if reason is None and name != backend]
+            advice = (f"Choose {' or '.join([AUTO, *others])}, or bypass this node for dense attention." if others
+                      else "Nothing else runs it here: bypass this node for dense attention.")
+        raise NoKernel(f"no kernel for this call: {error}. {advice}") from None
+
+
+def prove_kernels(call: Call, backend: str = AUTO, announce: Callable[[str], object] | None = None) -> KernelSpec:
+    """`choose_kernel`, and the kernels of tile means and selections that will run beside it are proven as well."""
+    spec = choose_kernel(call, backend, announce=announce)
+    tile_ops.prove_beside(spec.name, call, announce)
+    return spec
 
 
 def block_sparse_attention(
@@ -97,9 +109,9 @@ def block_sparse_attention(
     tile_grid: the seven numbers of a `TileGrid` where token_rows and lists are what it promises, not checked; without
     it a kernel that reads tiles as boxes is given copies.
 
-    A GPU kernel is tested before its first use (`self_test.py`); "auto" passes over one that fails.
-    Raises ValueError for operands that break this contract, NoKernel when no kernel can run them, KernelUnusable
-    when the one that `backend` names cannot be loaded or fails its test.
+    A GPU kernel is proven on the card before its first use there (`proofs.py`); "auto" passes over one that fails.
+    Raises ValueError for operands that break this contract, NoKernel when no kernel can run them or the one that
+    `backend` names has failed its proof, KernelUnusable when it cannot be loaded.
     """
     check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -156,21 +168,16 @@ def _block_sparse_attention(
     blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grid = None if tile_grid is None else TileGrid(*tile_grid)
-    run = _ready(Call.of(q), q.device, backend, grid)
-    out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
-                   blocks_per_tile, grid)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
-
-
-def _ready(call: Call, device: torch.device, backend: str, grid: TileGrid | None):
-    """Inside the op, where torch.compile does not look: the choice reads what happened earlier in this process."""
-    failed = {}
+    # Here, where torch.compile does not look: the choice reads what happened earlier in this process.
+    failed: dict[str, str] = {}
     while True:
-        spec = choose_kernel(call, backend, failed)
+        spec = choose_kernel(Call.of(q), backend, failed)
         try:
-            run = self_test.ready(spec, call, device, reference.run)
-            return run if spec.gathers(grid) else partial(gathered.on_copies, run)
-        except KernelUnusable as error:
+            run = spec.load() if spec.gathers(grid) else partial(gathered.on_copies, spec.load())
+            out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
+                           blocks_per_tile, grid)
+            return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+        except KernelUnusable as error:                    # proven, but it cannot be loaded now
             if backend != AUTO:
                 raise
             failed[spec.name] = str(error)

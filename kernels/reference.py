@@ -15,12 +15,13 @@ _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1, tile_grid=None):
+        blocks_per_tile=1, tile_grid=None, *, out=None, lse=None):
     """Contract and shapes: `kernels.block_sparse_attention`. Accumulates in float32 (float64 for float64)."""
     batch, tokens, heads, dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32) if return_lse else None
+    out = q.new_empty(q.shape) if out is None else out
+    if return_lse and lse is None:
+        lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     listed = indices.shape[2]
     longest = int(counts.max()) if counts.numel() else 0
     ragged = longest > 0 and int(counts.min()) < longest

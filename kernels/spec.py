@@ -5,20 +5,17 @@ skipping tests all use its sentence.
 """
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from . import proven
+from .tile_grid import BLOCK, TileGrid
 
-if TYPE_CHECKING:
-    from .tile_grid import TileGrid
-
-BLOCK = 64
-"""Token slots in one block: the granularity at which every kernel selects queries and keys."""
+__all__ = ["BLOCK", "Call", "KernelSpec", "KernelUnusable", "NoKernel", "files_below", "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,8 @@ class Call:
     """CUDA compute capability of the device that holds the tensors, None off CUDA."""
     dtype: torch.dtype
     head_dim: int
+    device: torch.device | None = None
+    """Where the tensors lie. None: a question about data only, for which nothing is run."""
 
     @classmethod
     def of(cls, q: torch.Tensor) -> Call:
@@ -41,46 +40,61 @@ class Call:
     def on(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> Call:
         """The call that tensors of this device, dtype and head_dim would make."""
         if device.type != "cuda":
-            return cls(device.type, None, dtype, head_dim)
+            return cls(device.type, None, dtype, head_dim, device)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if torch.version.hip is not None:
-            return cls("rocm", None, dtype, head_dim)
-        return cls("cuda", torch.cuda.get_device_capability(device), dtype, head_dim)
+            return cls("rocm", None, dtype, head_dim, device)
+        return cls("cuda", torch.cuda.get_device_capability(device), dtype, head_dim, device)
+
+    @property
+    def card(self) -> str:
+        """What a user calls the device."""
+        if self.device is not None and self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return {"cpu": "CPU"}.get(self.device_type, self.device_type)
+
+    @property
+    def words(self) -> str:
+        return f"{_dtype(self.dtype)}, head_dim {self.head_dim}"
 
 
 @dataclass(frozen=True)
 class KernelSpec:
     """A kernel's name, its limits, and how to load it.
 
-    `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse) -> (out, lse | None)` and is
-    the only place that imports what the kernel needs. `missing()` says what is not installed, or None. A kernel
-    that gathers also takes token_rows to tile_grid of `kernels.block_sparse_attention`.
+    `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse, *, out, lse) -> (out, lse | None)`
+    and is the only place that imports what the kernel needs; `out` and `lse` are where to write, made when None.
+    `missing()` says what is not installed, or None. A kernel that gathers also takes token_rows to tile_grid of
+    `kernels.block_sparse_attention`. Kernels of tile means and of selections: `kernels.tile_ops`.
     """
 
     name: str
     load: Callable[[], Callable]
     device_types: tuple[str, ...]
     auto_device_types: tuple[str, ...]
-    """Where `auto` may take it: never where it would lose to dense attention."""
+    """Where `auto` may take it: never where it could only lose to dense attention."""
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...] | None = None
     """None: any head_dim."""
     min_capability: tuple[int, int] | None = None
     capabilities: tuple[tuple[int, int], ...] | None = None
     """The only GPUs it is built for. None: any from `min_capability` on."""
-    source: Path | None = None
-    """The file that is compiled for the GPU. `auto` takes the kernel only when this very text has a GPU result."""
+    files: tuple[Path, ...] = ()
+    """All that makes the kernel: text, launch code, tables, binaries. What has none is the specification itself and
+    is not proven; any other kernel is proven on the card before it is used, again when one of them changes."""
+    proves: str = "attention"
+    """Which set of problems it has to solve, a name in `proof.SETS`."""
+    proven_apart: bool = False
+    """A fault of it would end the process, so it is proven in another one (`prove.py`)."""
     missing: Callable[[], str | None] = lambda: None
     origin: Callable[[], str] = lambda: ""
     """Where the code that ran came from, and why an earlier source of it was skipped; empty before the first use."""
-    gathers: Callable[[TileGrid | None], bool] = lambda grid: False
+    gathers: Callable[[TileGrid | None], bool] = field(default=lambda grid: False)
     """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 
-    def unproven(self) -> str | None:
-        """Why the kernel is not taken unless asked for by name, or None when it is proven (see `proven.py`)."""
-        return None if self.source is None else proven.unproven(self.name, self.source)
-
     def refusal(self, call: Call, auto: bool = False) -> str | None:
-        """Why this kernel does not run `call`, or None when it does. `auto` also asks whether it is worth it."""
+        """Why this kernel cannot run `call`, by its data alone, or None. `auto` also asks whether it could pay."""
         if call.device_type not in self.device_types:
             return f"tensors are on {call.device_type}, needs {_any_of(self.device_types)}"
         if absent := self.missing():
@@ -95,18 +109,32 @@ class KernelSpec:
             return f"head_dim {call.head_dim} not in {self.head_dims}"
         if auto and call.device_type not in self.auto_device_types:
             return f"slower than dense attention on {call.device_type}; runs there only when chosen by name"
-        if auto and (reason := self.unproven()):
-            return (f'{reason}. Choose backend "{self.name}" by name to use it: it is tested against the reference '
-                    "before its first use")
         return None
 
 
 class KernelUnusable(RuntimeError):
-    """A kernel that fits a call cannot be loaded, or failed its self-test; the message says why."""
+    """A kernel that fits a call cannot be loaded, or was proven wrong on this card; the message says why."""
 
 
 class NoKernel(RuntimeError):
     """No kernel can run a call; the message holds one reason per kernel."""
+
+
+def files_below(folder: Path, *patterns: str) -> tuple[Path, ...]:
+    """The files of a folder that match, in an order that does not depend on the machine."""
+    return tuple(sorted({path for pattern in patterns for path in folder.glob(pattern)}, key=lambda path: path.name))
+
+
+@cache
+def fingerprint(files: tuple[Path, ...]) -> str:
+    """SHA-256 over names and contents, the same for any line endings of a text."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        if b"\0" not in content:
+            content = content.replace(b"\r\n", b"\n")
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def _cc(capability: tuple[int, int]) -> str:

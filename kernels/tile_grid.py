@@ -4,7 +4,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .spec import BLOCK
+BLOCK = 64
+"""Token slots in one block: the granularity at which every kernel selects queries and keys."""
 
 
 class TileGrid(NamedTuple):

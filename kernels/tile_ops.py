@@ -1,18 +1,21 @@
 """What comes before the attention: means of tiles, and the lists of the tiles that score highest.
 
 Two ops over a table of kernels each, like `block_sparse_attention`, but these always run: the last kernel of a table
-is torch and takes every call, so an unproven or absent GPU kernel only costs time.
+is torch and takes every call, so a GPU kernel that is absent or wrong on this card only costs time.
 """
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import cuda_sm90, reference, reference_tiles, self_test, triton
-from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
+from . import reference, reference_tiles, triton
+from .choice import AUTO, choose
+from .proofs import PROOFS
+from .spec import BLOCK, Call, KernelSpec, KernelUnusable
 
-ATTENTION: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC)
-"""The attention kernels that those below may have to keep up with."""
 MEANS_KERNELS: tuple[KernelSpec, ...] = (triton.MEANS_SPEC, reference_tiles.MEANS_SPEC)
 SELECT_KERNELS: tuple[KernelSpec, ...] = (triton.SELECT_SPEC, reference_tiles.SELECT_SPEC)
 
@@ -24,8 +27,8 @@ def tile_means(parts: tuple[Tensor, ...], token_rows: Tensor, tiles: int, blocks
     parts: [B, S, H, D] each, one shape, dtype and device, any strides with D contiguous.
     token_rows: int32 [slots], as in `block_sparse_attention`; tile n owns the slots of its `blocks_per_tile` blocks
     and its tokens are the rows there that are not -1.   -> float32 [B, H, tiles, D] each (float64 for float64)
-    backend: that of the attention, or the name of a kernel in MEANS_KERNELS: see `choose`.
-    Raises ValueError for operands that break this contract, NoKernel where `choose` does.
+    backend: that of the attention, or the name of a kernel in MEANS_KERNELS: see `choose_beside`.
+    Raises ValueError for operands that break this contract, NoKernel where `choose_beside` does.
     """
     def fail(found, wanted):
         raise ValueError(f"tile_means: found {found}, wanted {wanted}")
@@ -69,38 +72,37 @@ def select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, b
     return _select_tiles(query_means, key_means, k, float(scale), blocks_per_tile, always, backend)
 
 
-def choose(table: tuple[KernelSpec, ...], call: Call, backend: str = "auto",
-           exclude: dict[str, str] | None = None) -> KernelSpec:
-    """The first kernel that "auto" may take; around an attention kernel that is unproven itself, so that somebody must
-    have named it, also an unproven one; with "reference" torch's. A name in the table means that very kernel.
+def choose_beside(table: tuple[KernelSpec, ...], call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None,
+                  announce: Callable[[str], object] | None = None) -> KernelSpec:
+    """The first kernel that is right on this card, or the one of the table that `backend` names; beside the
+    attention kernel "reference" torch's.
 
-    Raises NoKernel when a kernel of the table that is named cannot run.
+    Raises NoKernel when a kernel of the table that is named cannot run or has failed its proof.
     """
-    exclude = exclude or {}
     if backend == reference.SPEC.name:
         return table[-1]
-    named = [spec for spec in table if spec.name == backend]
-    auto = not named and not any(spec.name == backend and spec.unproven() for spec in ATTENTION)
-    for spec in named or table:
-        reason = exclude.get(spec.name) or self_test.refusal(spec, call) or spec.refusal(call, auto)
-        if reason is None:
-            return spec
-    raise NoKernel(f"{spec.name}: {reason}")
+    named = backend if any(spec.name == backend for spec in table) else AUTO
+    return choose(table, call, PROOFS, named, exclude, announce)
 
 
-def _run(table, call, device, backend, exclude, problem, operands):
+def prove_beside(backend: str, call: Call, announce: Callable[[str], object] | None = None) -> None:
+    """Make the proofs that tile means and selections beside an attention kernel will need for such calls."""
+    choose_beside(MEANS_KERNELS, call, backend, announce=announce)
+    choose_beside(SELECT_KERNELS, replace(call, dtype=torch.float32), backend, announce=announce)
+
+
+def _run(table, call, backend, exclude, operands):
     while True:
-        spec = choose(table, call, backend, exclude)
+        spec = choose_beside(table, call, backend, exclude)
         try:
-            return self_test.ready(spec, call, device, table[-1].load(), problem)(*operands)
-        except KernelUnusable as error:
+            return spec.load()(*operands)
+        except KernelUnusable as error:                    # proven, but it cannot be loaded now
             exclude = {**exclude, spec.name: str(error)}
 
 
 @torch.library.custom_op("video_sparse_attention::tile_means", mutates_args=())
 def _tile_means(parts: list[Tensor], token_rows: Tensor, tiles: int, blocks_per_tile: int, backend: str) -> Tensor:
-    return _run(MEANS_KERNELS, Call.of(parts[0]), token_rows.device, backend, {}, _means_differ,
-                (parts, token_rows, tiles, blocks_per_tile))
+    return _run(MEANS_KERNELS, Call.of(parts[0]), backend, {}, (parts, token_rows, tiles, blocks_per_tile))
 
 
 @_tile_means.register_fake
@@ -115,7 +117,7 @@ def _select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, 
                   backend: str) -> Tensor:
     keys = key_means.shape[2]
     too_long = {triton.SELECT_SPEC.name: f"{keys} tiles, at most {triton.MAX_TILES}"} if keys > triton.MAX_TILES else {}
-    return _run(SELECT_KERNELS, Call.of(query_means), query_means.device, backend, too_long, _selections_differ,
+    return _run(SELECT_KERNELS, Call.of(query_means), backend, too_long,
                 (query_means, key_means, k, scale, blocks_per_tile, always))
 
 
@@ -124,29 +126,3 @@ def _(query_means, key_means, k, scale, blocks_per_tile, always, backend):
     batch, heads, queries, _ = query_means.shape
     return query_means.new_empty((batch, heads, queries * blocks_per_tile, k * blocks_per_tile + always),
                                  dtype=torch.int32)
-
-
-def _means_differ(run, call, device, reference) -> str | None:
-    """A self-test's verdict: a sentence when the kernel's means of a cut tile and a full one are off."""
-    generator = torch.Generator().manual_seed(1234)
-    parts = [torch.randn(1, 200, 2, call.head_dim, generator=generator).to(call.dtype) for _ in range(3)]
-    parts[1][:, 0] = torch.nan                                              # row 0 lies in no tile
-    rows = torch.full((4 * BLOCK,), -1, dtype=torch.int32)
-    rows[:150] = torch.randperm(199, generator=generator)[:150].int() + 1
-    wanted = reference([x.double() for x in parts], rows, 2, 2)
-    found = run([x.to(device) for x in parts], rows.to(device), 2, 2).double().cpu()
-    worst = (found - wanted).abs().max().item()
-    return None if worst <= 1e-5 else f"self-test on {device} failed: tile means are off by {worst:.1e}, wanted 1e-5"
-
-
-def _selections_differ(run, call, device, reference) -> str | None:
-    """A self-test's verdict: a sentence when the lists for scores with many ties are not the reference's."""
-    generator = torch.Generator().manual_seed(1234)
-    means = torch.randint(-2, 3, (2, 1, 2, 300, call.head_dim), generator=generator).to(call.dtype)
-    means[..., 8:] = 0
-    means[1, :, 1, 7] = torch.nan
-    queries, keys, operands = means[0, :, :, :40], means[1], (40, 0.5, 2, 3)
-    wanted = reference(queries, keys, *operands)
-    found = run(queries.to(device), keys.to(device), *operands).cpu()
-    rows = int((found != wanted).any(-1).sum())
-    return None if rows == 0 else f"self-test on {device} failed: {rows} of {wanted[..., 0].numel()} lists differ"

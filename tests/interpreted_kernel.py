@@ -48,14 +48,14 @@ def attend_video(worker, q, k, v, gate, **metadata):
 
 
 def triton_on_the_cpu():
-    """The pack's tables of kernels with Triton's first, as if a CPU were a proven GPU: (module, name, table)."""
+    """The pack's tables of kernels with Triton's first, as on a GPU that has proven them: (module, name, table)."""
     from dataclasses import replace
 
     import pack.kernels as kernels
     from pack.kernels import tile_ops
 
     def table(module, name):
-        specs = [replace(spec, device_types=("cpu",), auto_device_types=("cpu",), min_capability=None, source=None)
+        specs = [replace(spec, device_types=("cpu",), auto_device_types=("cpu",), min_capability=None, files=())
                  for spec in getattr(module, name) if spec.name.startswith("triton")]
         return module, name, (*specs, getattr(module, name)[-1])
     return [table(kernels, "KERNELS"), table(tile_ops, "MEANS_KERNELS"), table(tile_ops, "SELECT_KERNELS")]

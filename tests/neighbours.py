@@ -140,7 +140,7 @@ def deep_clone(model):
         return model.deepclone_multigpu(model.load_device)
     clone = model.clone()
     clone.model = copy.copy(model.model)
-    clone.model._modules = {"diffusion_model": copy.deepcopy(model.model.diffusion_model)}
+    clone.model._modules = {**model.model._modules, "diffusion_model": copy.deepcopy(model.model.diffusion_model)}
     return clone
 
 

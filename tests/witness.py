@@ -18,7 +18,7 @@ class Witness:
     """A method that also notes in which transformer block of the model every call was made."""
 
     def __init__(self, method, net):
-        self.method, self.name, self.plan, self.facts = method, method.name, method.plan, method.facts
+        self.method = method
         self.running, self.seen, self.handles = None, [], []
         for i, block in enumerate(blocks_of(net)):
             for module in block.modules():
@@ -29,8 +29,8 @@ class Witness:
             self.running = i
         return hook
 
-    def remarks(self, run):
-        return self.method.remarks(run)
+    def __getattr__(self, name):
+        return getattr(self.method, name)
 
     def attend(self, plan, q, k, v, call):
         self.seen.append((call.layer, self.running))
@@ -42,10 +42,10 @@ def witnessed(patched):
     """Lists (layer that the method was told, block that was running) of the sparse calls of a patched model."""
     from pack.nodes.hook.hook import SparseAttentionHook
     hook = SparseAttentionHook.of(patched)[0]
-    hook.method = witness = Witness(hook.method, patched.model.diffusion_model)
+    hook.calls.method = witness = Witness(hook.method, patched.model.diffusion_model)
     try:
         yield witness.seen
     finally:
-        hook.method = witness.method
+        hook.calls.method = witness.method
         for handle in witness.handles:
             handle.remove()

@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+ROUNDING = 1e-5
+"""A sigma that differs by less from a boundary lies on it."""
+
 
 @dataclass(frozen=True)
 class DenseBlocks:
@@ -55,6 +58,11 @@ class Schedule:
         if self.start_percent > self.end_percent:
             raise ValueError(f"start_percent {self.start_percent} is after end_percent {self.end_percent}: "
                              "wanted start at or before end")
+
+    def holds(self, sigma: float, percent_to_sigma: Callable[[float], float]) -> bool:
+        """Whether a pass at this sigma runs sparse. Sigmas come as float32, so they are compared as such."""
+        high, low = self.sigmas(percent_to_sigma)
+        return low * (1 - ROUNDING) <= sigma <= high * (1 + ROUNDING)
 
     def sigmas(self, percent_to_sigma: Callable[[float], float]) -> tuple[float, float]:
         """(highest, lowest) sigma of the sparse part; `percent_to_sigma` is the model's own."""

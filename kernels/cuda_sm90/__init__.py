@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..spec import KernelSpec
+from .. import gathered, tile_grid
+from ..spec import KernelSpec, files_below
 from .boxes import takes
 
 
@@ -30,7 +31,9 @@ SPEC = KernelSpec(
     dtypes=(torch.bfloat16, torch.float16),
     head_dims=(64, 128),
     capabilities=((9, 0),),
-    source=Path(__file__).with_name("block_sparse.cu"),
+    files=(*files_below(Path(__file__).parent, "*.py", "*.cu", "bundled/*"), Path(gathered.__file__),
+           Path(tile_grid.__file__)),
+    proven_apart=True,
     origin=_origin,
     gathers=takes,
 )

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
+
+from ..user_cache import user_cache_folder, write_whole
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -15,11 +15,7 @@ class CacheMiss(LookupError):
 
 def default_folder() -> Path:
     """The user's cache folder of this pack. It need not exist."""
-    if os.name == "nt":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "video_sparse_attention", "cubin")
+    return user_cache_folder("cubin")
 
 
 class Cache:
@@ -49,18 +45,8 @@ class Cache:
 
     def write(self, key: str, content: bytes) -> str | None:
         """Store `content`, all of it or nothing; returns why not, or None. Two writers at once: the later stays."""
-        temporary = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", delete=False) as file:
-                temporary = file.name
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, self.folder / key)
-        except (OSError, RuntimeError) as error:
-            if temporary is not None and os.path.exists(temporary):
-                try:
-                    os.unlink(temporary)
-                except OSError:
-                    pass
+            path = self.folder / key
+        except RuntimeError as error:                      # a user without a home folder
             return f"not kept on disk: {error}"
-        return None
+        return write_whole(path, hashlib.sha256(content).digest() + content)

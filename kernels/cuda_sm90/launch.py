@@ -19,7 +19,7 @@ SMALLEST_SCALE = 1e-30
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1, tile_grid=None, loader: Loader = LOADER):
+        blocks_per_tile=1, tile_grid=None, loader: Loader = LOADER, *, out=None, lse=None):
     """Contract and shapes: `kernels.block_sparse_attention`; token_rows only with a tile_grid that `boxes.takes`.
 
     Reads q, k and v where they lie, and copies those whose address or strides the copy engine does not take
@@ -27,8 +27,9 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
     Raises KernelUnusable when the kernel cannot be loaded or the driver refuses the launch.
     """
     batch, tokens, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if return_lse and lse is None:
+        lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or (token_rows is None and (k.shape[1] == 0 or indices.shape[3] == 0)):
         return out.zero_(), None if lse is None else lse.fill_(-math.inf)
     grid = None if token_rows is None else TileGrid(*tile_grid)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from .. import gathered, tile_grid
 from ..spec import KernelSpec
+
+HERE = Path(__file__).parent
 
 
 def _missing() -> str | None:
@@ -44,12 +47,12 @@ SPEC = KernelSpec(
     dtypes=(torch.bfloat16, torch.float16),
     head_dims=(64, 128),
     min_capability=(8, 0),
-    source=Path(__file__).with_name("block_sparse.py"),
+    files=(HERE / "block_sparse.py", HERE / "configs.py", Path(gathered.__file__), Path(tile_grid.__file__)),
     missing=_missing,
     gathers=lambda grid: True,
 )
 
-MEANS_SPEC = replace(SPEC, name="triton_tile_means", load=_load_means,
-                     source=Path(__file__).with_name("tile_means.py"))
-SELECT_SPEC = replace(SPEC, name="triton_select_tiles", load=_load_select, dtypes=(torch.float32,),
-                      source=Path(__file__).with_name("select_tiles.py"))
+MEANS_SPEC = replace(SPEC, name="triton_tile_means", proves="tile means", load=_load_means,
+                     files=(HERE / "tile_means.py",))
+SELECT_SPEC = replace(SPEC, name="triton_select_tiles", proves="tile selection", load=_load_select,
+                      dtypes=(torch.float32,), files=(HERE / "select_tiles.py",))

@@ -184,14 +184,15 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1, tile_grid=None, *, config: Config | None = None):
+        blocks_per_tile=1, tile_grid=None, *, out=None, lse=None, config: Config | None = None):
     """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none.
 
     config: launch options to measure, taken as they are, in place of the table's for this card.
     """
     batch, tokens, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device) if return_lse else None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if return_lse and lse is None:
+        lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     if config is None:

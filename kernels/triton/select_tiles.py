@@ -101,12 +101,14 @@ def row_options(keys: int) -> dict[str, int]:
     return {"ROW": row, "num_warps": max(1, row // 1024)}
 
 
-def run(query_means, key_means, k, scale, blocks_per_tile, always):
+def run(query_means, key_means, k, scale, blocks_per_tile, always, *, out=None):
     """Contract and shapes: `kernels.select_tiles`."""
     batch, heads, queries, dim = query_means.shape
     keys = key_means.shape[2]
-    indices = torch.empty((batch, heads, queries * blocks_per_tile, k * blocks_per_tile + always),
-                          dtype=torch.int32, device=query_means.device)
+    indices = out
+    if indices is None:
+        indices = torch.empty((batch, heads, queries * blocks_per_tile, k * blocks_per_tile + always),
+                              dtype=torch.int32, device=query_means.device)
     if indices.numel() == 0:
         return indices
     query_means, key_means, lists = (x.contiguous().flatten(0, 1) for x in (query_means, key_means, indices))

@@ -66,12 +66,14 @@ def tile_means_forward(
         tl.store(means + 2 * part, tl.sum(z_sum, 0) / tokens)
 
 
-def run(parts, token_rows, tiles, blocks_per_tile):
+def run(parts, token_rows, tiles, blocks_per_tile, *, out=None):
     """Contract and shapes: `kernels.tile_means`. Reads every tensor through its strides, copies none."""
     first, last = parts[0], parts[-1]
     second = parts[1] if len(parts) > 1 else last
     batch, _, heads, dim = first.shape
-    means = torch.empty((len(parts), batch, heads, tiles, dim), dtype=torch.float32, device=first.device)
+    means = out
+    if means is None:
+        means = torch.empty((len(parts), batch, heads, tiles, dim), dtype=torch.float32, device=first.device)
     if means.numel() == 0:
         return means
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():

@@ -1,10 +1,14 @@
 """The node "Sparse Attention Report": what the last sampling of a patched model did, in words and as a picture."""
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..hook.hook import SparseAttentionHook
+from ..hook.place_of_run import nodes_behind
+from ..hook.run import Run
 from ..hook.status import kernel_text, show_under_node, status_text
 from .tile_map import draw_tile_map
 
@@ -26,7 +30,7 @@ class SparseAttentionReport(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampler's output: it makes this node wait for the sampling."),
                 io.Model.Input("model", tooltip="The patched model that the sampler used."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             outputs=[io.Latent.Output(), io.String.Output("report"), io.Image.Output("tile_map")],
         )
 
@@ -36,18 +40,39 @@ class SparseAttentionReport(io.ComfyNode):
         if not hooks:
             raise ValueError("found a model without sparse attention: wanted the output of a sparse attention node, "
                              "the same one that the sampler uses")
-        runs = [(hook, hook.last_run) for hook in hooks if hook.last_run is not None]
+        hidden = getattr(cls, "hidden", None)
+        node_id, prompt = getattr(hidden, "unique_id", None), getattr(hidden, "prompt", None)
+        runs = [(hook, run) for hook in hooks for run in _runs_behind(hook, prompt, node_id)]
         if not runs:
             raise ValueError("this model has not been sampled yet: connect `latent` to the output of the sampler "
                              "that uses it")
-        texts = [status_text(run, hook.settings.verbose) for hook, run in runs]
+        texts = [part + status_text(run, hook.settings.verbose) for part, (hook, run) in zip(
+            _parts(runs), runs, strict=True)]
         texts += dict.fromkeys(kernel_text(run, hook.settings.backend) for hook, run in runs if run.asked)
         report = "\n".join(texts)
-        show_under_node(report, getattr(getattr(cls, "hidden", None), "unique_id", None))
+        show_under_node(report, node_id)
         image, shown = _picture([run for _, run in runs])
         previews = ui.PreviewImage(image, cls=cls).as_dict() if shown else {}
         entries = [entry for _, run in runs for entry in run.summary()]
         return io.NodeOutput(latent, report, image, ui={**previews, "text": [report], "sparse_attention": entries})
+
+
+def _runs_behind(hook: SparseAttentionHook, prompt, node_id) -> list[Run]:
+    """The samplings of this hook that lead to the latent of this node; without a prompt to look in, the last ones."""
+    behind = nodes_behind(prompt, node_id, "latent")
+    return [run for run in hook.runs if run.node is None or not behind or str(run.node) in behind]
+
+
+def _parts(runs) -> list[str]:
+    """What stands before each run where one hook served several samplers."""
+    counts = Counter(id(hook) for hook, _ in runs)
+    seen: Counter[int] = Counter()
+    parts = []
+    for hook, _ in runs:
+        seen[id(hook)] += 1
+        several = counts[id(hook)] > 1
+        parts.append(f"sampler {seen[id(hook)]} of {counts[id(hook)]}:\n" if several else "")
+    return parts
 
 
 def _picture(runs) -> tuple[torch.Tensor, bool]:

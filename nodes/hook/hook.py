@@ -4,10 +4,10 @@ It lives in a clone's model_options only. The override that was there before is 
 """
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
 import comfy.model_management
 import torch
@@ -15,19 +15,27 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ... import kernels
+from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from ..families import VideoFamily, family_of
 from ..families.running_block import running_block, told_apart
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
-from .method import LayerCall, Method, StaysDense, Step
-from .run import DENSE, OTHER, SPARSE, GridRecord, Run
+from .method import LayerCall, Method, Step
+from .place_of_run import executing
+from .places import is_compiled, place_in_schedule
+from .run import DENSE, OTHER, SPARSE, Run
 from .settings import Settings
-from .status import show_under_node, status_text
+from .sparse_calls import SparseCalls
+from .speed import DenseCall
+from .status import replaced_text, show_under_node, status_text, unseen_text
 
 log = logging.getLogger(__name__)
 
 OVERRIDE = "optimized_attention_override"
+PROOF_BYTES = 512 << 20
+"""Room on the GPU for the problems of a proof."""
+_numbers = itertools.count()
 
 
 class SparseAttentionHook:
@@ -35,15 +43,24 @@ class SparseAttentionHook:
 
     def __init__(self, method: Method, settings: Settings, family: VideoFamily, node_id: str | None = None):
         self.method, self.settings, self.family, self.node_id = method, settings, family, node_id
-        self.last_run: Run | None = None
+        self.runs: list[Run] = []
+        """Those of the prompt that sampled last, in order."""
         self._run: Run | None = None
         self._run_is_implicit = False
         self._inside = threading.local()
+        self._steps: dict[str, Step] = {}
         self._found_override = None
+        self.calls = SparseCalls(method, settings)
         self.key = f"video_sparse_attention.{method.name}"
-        self._step_key, self._previous_key = f"{self.key}.step", f"{self.key}.previous"
+        # The host and other packs copy, compare and list transformer_options: a step is there as a string. With the
+        # hook's own number in it, a graph that was compiled around an earlier hook does not take it for its own.
+        self._step_key, self._previous_key = f"{self.key}.step.{next(_numbers)}", f"{self.key}.previous"
         self.override = torch.compiler.disable(self._attend)
         self.override.sparse_attention_hook = self
+
+    @property
+    def last_run(self) -> Run | None:
+        return self.runs[-1] if self.runs else None
 
     # -- install ------------------------------------------------------------------------------------------------
 
@@ -56,7 +73,7 @@ class SparseAttentionHook:
         was chosen by name, or `strict` asks for one, and none can run this model on its device.
         """
         hook = cls(method, settings, family_of(model.model), node_id)
-        hook._require_kernel(model)
+        hook._prove_kernels(model)
         clone = model.clone()
         options = clone.model_options.setdefault("transformer_options", {})
         hook._remove_same_method(clone, options)
@@ -85,22 +102,30 @@ class SparseAttentionHook:
                     if old._found_override is None:
                         del options[OVERRIDE]
 
-    def _require_kernel(self, model) -> None:
+    def _prove_kernels(self, model) -> None:
+        """The kernels that this model will ask for are proven on its card now, not in the middle of a sampling."""
         base = model.model
         dtype = getattr(base, "get_dtype_inference", base.get_dtype)()
         call = kernels.Call.on(model.load_device, dtype, self.family.heads(base.diffusion_model)[1])
+        if call.device_type == "cuda":
+            comfy.model_management.free_memory(PROOF_BYTES, model.load_device)
         try:
-            kernels.choose_kernel(call, self.settings.backend)
+            kernels.prove_kernels(call, self.settings.backend, lambda text: show_under_node(text, self.node_id))
         except kernels.NoKernel as error:
-            if self.settings.strict or self.settings.backend != kernels.AUTO:
+            if self.calls.insists:
                 raise
             log.warning("[%s] everything will run dense: %s", self.method.name, error)
+        except torch.OutOfMemoryError as error:
+            if self.calls.insists:
+                raise RuntimeError("there is no room on the GPU to prove the kernel before its first use: close what "
+                                   "uses the GPU's memory and run again") from error
+            log.warning("[%s] no room on the GPU to prove a kernel now: tried again in the sampling", self.method.name)
 
     # -- one sampling -------------------------------------------------------------------------------------------
 
     def _outer_sample(self, executor, *args, **kwargs):
         outer, outer_is_implicit = self._run, self._run_is_implicit
-        self._run, self._run_is_implicit = Run(self.method.name), False
+        self._run, self._run_is_implicit = self._new_run(), False
         try:
             return executor(*args, **kwargs)
         finally:
@@ -114,14 +139,17 @@ class SparseAttentionHook:
 
     def _current_run(self) -> Run:
         if self._run is None:      # a caller that applies the model outside of ComfyUI's guiders
-            self._run, self._run_is_implicit = Run(self.method.name), True
+            self._run, self._run_is_implicit = self._new_run(), True
         return self._run
+
+    def _new_run(self) -> Run:
+        return Run(self.method.name, self.settings.backend, *executing())
 
     def _report(self, run: Run) -> None:
         run.finish()
         for text in self.method.remarks(run):
             run.note(text)
-        self.last_run = run
+        self.runs = [*(earlier for earlier in self.runs if earlier.prompt == run.prompt is not None), run]
         text = status_text(run, self.settings.verbose)
         log.info("%s", text if self.settings.verbose else text.replace("\n", " | "))
         show_under_node(text, self.node_id)
@@ -151,28 +179,58 @@ class SparseAttentionHook:
         c_crossattn = args[1] if len(args) > 1 else kwargs.get("c_crossattn")
         options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
         base, run = executor.class_obj, self._current_run()
-        call = self.family.observe(base.diffusion_model, tuple(x.shape), c_crossattn, kwargs)
-        high, low = self.settings.schedule.sigmas(base.model_sampling.percent_to_sigma)
+        try:
+            call = self.family.observe(base.diffusion_model, tuple(x.shape), c_crossattn, kwargs)
+        except Exception as error:
+            run.unseen = replaced_text(self.method.name, base.diffusion_model, error)
+            if self.settings.strict:
+                raise RuntimeError(run.unseen) from error
+            return executor(x, t, *args, **kwargs)
         sigma = float(options["sigmas"].max()) if "sigmas" in options else float(t.max())
+        to_sigma = base.model_sampling.percent_to_sigma
         run.steps += 1
-        step = Step(run, base.diffusion_model, call, low <= sigma <= high, run.steps, *_place(sigma, options))
-        options = {**options, self._step_key: step}
+        step = Step(run, base.diffusion_model, call, self.settings.schedule.holds(sigma, to_sigma), run.steps,
+                    *place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma))
+        token, seen = f"{run.steps}.{next(_numbers)}", run.seen
+        options = {**options, self._step_key: token}
         self._take_top(options)
         if len(args) > 3:
             args[3] = options
         else:
             kwargs["transformer_options"] = options
-        with told_apart(self.family.blocks(base.diffusion_model)):
-            return executor(x, t, *args, **kwargs)
+        self._steps[token] = step
+        try:
+            with told_apart(self.family.blocks(base.diffusion_model)):
+                out = executor(x, t, *args, **kwargs)
+                if run.seen == seen and run.steps == 1:
+                    out = self._unseen(run, base, options, lambda: executor(x, t, *args, **kwargs), out)
+            return out
+        finally:
+            del self._steps[token]
+
+    def _unseen(self, run: Run, base, options, again: Callable[[], Tensor], out: Tensor) -> Tensor:
+        """The first forward pass made no attention call that the hook saw: where the model is compiled, a graph from
+        before the node was there ran, so it is made anew and the pass done again; elsewhere the run says so."""
+        if is_compiled(base.diffusion_model, options):
+            torch._dynamo.reset()
+            run.note("the compiled model was built before this node was there: it was compiled again")
+            out = again()
+        if not run.seen:
+            text = unseen_text(self.method.name)
+            if self.settings.strict:
+                raise RuntimeError(text)
+            run.unseen = text
+        return out
 
     # -- one attention call -------------------------------------------------------------------------------------
 
     def _attend(self, func, q, k, v, heads, *args, **kwargs):
         """ComfyUI's override signature: func(q, k, v, heads, mask, attn_precision, skip_reshape, ...)."""
         options = kwargs.get("transformer_options") or {}
-        step: Step | None = options.get(self._step_key)
+        step = self._steps.get(options.get(self._step_key))
         if step is None or getattr(self._inside, "dense", False):
             return self._dense(func, options, q, k, v, heads, *args, **kwargs)
+        step.run.seen += 1
         names = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         skip_reshape = given.get("skip_reshape", False)
@@ -187,20 +245,24 @@ class SparseAttentionHook:
         of_heads = self.family.heads(step.net)[0]
         part = step.heads_of(layer, heads, of_heads)
         reason = self._reason_for_dense(step, grid, layer, layers)
+        dense = DenseCall.of(lambda: self._dense(func, options, q, k, v, heads, *args, **kwargs), q, k, func,
+                             self._previous(options))
         if reason is None:
             qkv = tuple(to_bshd(x, heads, skip_reshape) for x in (q, k, v))
             call = LayerCall("", layer, layers, part, of_heads, step, options, None)
-            out, reason = self._sparse(call, grid, *qkv, given.get("scale"))
+            out, reason = self.calls.run(call, grid, *qkv, given.get("scale"), dense)
             if out is not None:
                 run.layers[layer][SPARSE] += 1
                 return from_bshd(out, given.get("skip_output_reshape", False))
         run.dense[reason] += 1
         run.layers[layer][reason] += 1
-        with run.timed(DENSE, layer, q.device):
-            return self._dense(func, options, q, k, v, heads, *args, **kwargs)
+        with run.timed(DENSE, layer, q.device) as span:
+            out = dense.compute()
+        add(self.calls.speed.dense_times(dense), span)
+        return out
 
     def _dense(self, func, options, *args, **kwargs):
-        previous = options.get(self._previous_key, self._found_override)
+        previous = self._previous(options)
         if previous is None or getattr(self._inside, "dense", False):
             return func(*args, **kwargs)
         self._inside.dense = True      # a chain that leads back to us must end, not turn in a circle
@@ -208,6 +270,10 @@ class SparseAttentionHook:
             return previous(func, *args, **kwargs)
         finally:
             self._inside.dense = False
+
+    def _previous(self, options):
+        """The override that was there before ours, or None."""
+        return options.get(self._previous_key, self._found_override)
 
     def _grid(self, step: Step, options, q, k, heads, given) -> TokenGrid | str:
         """Where the clip's tokens lie in this call, or what else the call is."""
@@ -238,62 +304,3 @@ class SparseAttentionHook:
             if self.settings.dense_blocks.contains(layer, layers):
                 return "dense_blocks"
         return None
-
-    def _sparse(self, call: LayerCall, grid: TokenGrid, q, k, v, scale) -> tuple[Tensor | None, str | None]:
-        """The sparse result, or None and why the call has to run dense."""
-        run = call.step.run
-        if scale is not None and abs(scale - q.shape[-1] ** -0.5) > 1e-6 * scale:
-            return None, "softmax scale other than head_dim ** -0.5"
-        asked = kernels.Call.of(q)
-        run.asked[asked] = None
-        while True:
-            try:
-                spec = kernels.choose_kernel(asked, self.settings.backend, run.failed)
-            except kernels.NoKernel as error:
-                if self.settings.strict or self.settings.backend != kernels.AUTO:
-                    raise
-                run.note(str(error))
-                return None, "no kernel"
-            try:
-                return self._run_kernel(replace(call, kernel=spec.name), grid, q, k, v), None
-            except StaysDense as reason:
-                return None, str(reason)
-            except comfy.model_management.InterruptProcessingException:
-                raise
-            except torch.cuda.OutOfMemoryError:
-                run.plans.clear()
-                run.note("the sparse path ran out of memory; those calls ran dense")
-                return None, "out of memory"
-            except Exception as error:
-                if self.settings.strict or self.settings.backend != kernels.AUTO:
-                    raise RuntimeError(f"kernel {spec.name} failed: {type(error).__name__}: {error}. "
-                                       "Choose another backend, or switch strict off to run dense instead") from error
-                run.failed[spec.name] = f"failed in this run: {type(error).__name__}: {error}"
-                log.warning("[%s] kernel %s failed", self.method.name, spec.name, exc_info=True)
-
-    def _run_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v) -> Tensor:
-        run, kernel, step = call.step.run, call.kernel, call.step
-        with run.timed(SPARSE, call.layer, q.device):
-            key = (grid, q.device)
-            if key not in run.plans:
-                run.plans[key] = self.method.plan(grid, q.device)
-            plan = run.plans[key]
-            record = run.records.get((grid, kernel)) or GridRecord(grid, self.method.facts(plan), kernel)
-            sampled = run.sampled_step != step.number
-            out = self.method.attend(plan, q, k, v, replace(call, record=record,
-                                                            sampled=sampled or self.settings.verbose))
-        if sampled:
-            run.sampled_step = step.number
-            run.watch_finite(q, k, v)
-        record.calls += 1
-        run.records[grid, kernel] = record
-        return out
-
-
-def _place(sigma: float, options: dict[str, Any]) -> tuple[int, int]:
-    """(index, number of steps) of a sigma in the sampling schedule; between two entries the nearer one counts."""
-    sigmas = options.get("sample_sigmas")
-    if sigmas is None or len(sigmas) < 2:
-        return 0, 1
-    steps = [abs(value - sigma) for value in sigmas.tolist()[:-1]]
-    return steps.index(min(steps)), len(steps)

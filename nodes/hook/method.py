@@ -1,6 +1,7 @@
 """The seam between the attention hook and the sparse methods."""
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,15 @@ class Method(Protocol):
     """A sparse method with its settings, as the hook sees it."""
 
     name: str
+    dense_serves: bool
+    """Whether dense attention is what this method stands in for. It is not where a model was trained sparse, nor where
+    the method itself gives the dense result: there nothing is run dense because it is faster."""
+
+    timed: bool
+    """Whether its calls are compared with dense ones by the clock."""
+
+    def work(self, plan: Any, heads: int, call: LayerCall) -> Hashable:
+        """What the time of a call depends on besides its shape, such as the share of pairs that it computes."""
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Any:
         """What depends on the grid only; made once per grid and run."""

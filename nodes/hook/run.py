@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import Call
+from ...kernels import AUTO, Call, Span
 from ...vsa_core.grid import TokenGrid
 
 SPARSE, DENSE, OTHER = "sparse", "dense", "other"
@@ -40,8 +40,9 @@ class GridRecord:
 class Run:
     """The counters, timers and plans of one sampling."""
 
-    def __init__(self, method_name: str):
-        self.method_name = method_name
+    def __init__(self, method_name: str, backend: str = AUTO, prompt: str | None = None, node: str | None = None):
+        """backend: what the node's widget says.   prompt, node: the ids of what sampled."""
+        self.method_name, self.backend, self.prompt, self.node = method_name, backend, prompt, node
         self.started = time.perf_counter()
         self.plans: dict[Any, Any] = {}
         self.records: dict[Any, GridRecord] = {}
@@ -54,11 +55,21 @@ class Run:
         self.layers: dict[Any, Counter[str]] = defaultdict(Counter)
         self.gated: Counter[Any] = Counter()
         """Sparse calls per layer that had a trained gate."""
+        self.proofs: dict[str, str] = {}
+        """What the kernels that ran have shown on this card."""
+        self.medians: dict[str, tuple[float, float, str]] = {}
+        """Kernel -> milliseconds of a sparse and of a dense call of the same kind, and what served the dense ones."""
+        self.unseen = ""
+        """What to tell the user when the model made no attention call that the hook could see."""
+        self.seen = 0
+        """Attention calls of any kind."""
+        self.probes = 0
+        """Sparse calls that ran dense as well, only to be timed."""
         self.notes: list[str] = []
         self.steps = 0
         self.sampled_step = -1
         self._not_finite: list[Tensor] = []
-        self._spans: list[tuple[str, Any, Any, Any]] = []
+        self._spans: list[tuple[str, Any, Span]] = []
         self._calls_ms: dict[str, list[float]] | None = None
 
     def note(self, text: str) -> None:
@@ -68,17 +79,11 @@ class Run:
 
     @contextmanager
     def timed(self, kind: str, layer: Any, device: torch.device):
-        """Count the time of the block under `kind`. On CUDA nothing waits: events are read when the run ends."""
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(torch.cuda.current_stream(device))
-            yield
-            end.record(torch.cuda.current_stream(device))
-            self._spans.append((kind, layer, start, end))
-        else:
-            start = time.perf_counter()
-            yield
-            self._spans.append((kind, layer, start, time.perf_counter()))
+        """Count the time of the block under `kind`. On CUDA nothing waits: times are read when the run ends."""
+        span = Span(device)
+        yield span
+        span.end()
+        self._spans.append((kind, layer, span))
 
     def watch_finite(self, *tensors: Tensor) -> None:
         """Remember, without waiting for the device, whether the tensors hold NaN or infinity."""
@@ -89,12 +94,8 @@ class Run:
         if self._calls_ms is not None:
             return
         self._calls_ms, self.layer_ms = defaultdict(list), Counter()
-        for kind, layer, start, end in self._spans:
-            if isinstance(start, float):
-                elapsed = (end - start) * 1e3
-            else:
-                end.synchronize()
-                elapsed = start.elapsed_time(end)
+        for kind, layer, span in self._spans:
+            elapsed = span.milliseconds()
             self._calls_ms[kind].append(elapsed)
             self.layer_ms[layer, kind] += elapsed
         self._spans.clear()
@@ -125,7 +126,8 @@ class Run:
             "method": self.method_name, "steps": self.steps,
             "gated_calls": self.gated.total(), "dense_calls": dict(self.dense), "other_calls": dict(self.other),
             "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
-            "other_ms": self.milliseconds(OTHER), "sparse_ms_per_call": self.median_ms(SPARSE),
+            "other_ms": self.milliseconds(OTHER), "dense_probes": self.probes,
+            "sparse_ms_per_call": self.median_ms(SPARSE),
             "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds, "notes": list(self.notes)}
         if not self.records:
             return [{"grid": None, "sparse_calls": 0, "backend": None, **shared}]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 
-from ...kernels import backend_list
+from ...kernels import AUTO, backend_list
 from .run import DENSE, SPARSE, Run
 
 log = logging.getLogger(__name__)
@@ -12,7 +12,8 @@ log = logging.getLogger(__name__)
 def status_text(run: Run, verbose: bool = False) -> str:
     """What ran, how fast, on which grid, and why the rest ran dense: short lines, the most wanted first."""
     entries = [entry for entry in run.summary() if entry["grid"]]
-    lines = [_kept_line(entry) for entry in entries] or [f"{run.method_name}: nothing ran sparse"]
+    lines = [_kept_line(entry) for entry in entries] or [run.unseen or f"{run.method_name}: nothing ran sparse"]
+    lines += _choice_lines(run)
     lines += _time_lines(run)
     lines.append(f"{run.sparse_calls} sparse calls, {run.dense.total()} dense" + _reasons(run.dense))
     lines += [_grid_line(entry) for entry in entries]
@@ -38,6 +39,19 @@ def kernel_text(run: Run, backend: str) -> str:
     return "\n".join(lines)
 
 
+def unseen_text(method: str) -> str:
+    """What to tell of a sampling in which the hook was never called."""
+    return (f"{method} is OFF: the model made no attention call that this node could see. Another node has put its own "
+            "forward pass in place of the model's (some caching and speed-up nodes do), or a compiled model from "
+            "another loader runs. Bypass that node, or put this one behind it")
+
+
+def replaced_text(method: str, net, error: Exception) -> str:
+    """What to tell when the model that is sampled is not built like the one that the node was given."""
+    return (f"{method} is OFF: another node has put a {type(net).__name__} in the model's place, in which the clip's "
+            f"tokens cannot be found ({type(error).__name__}: {error}). Bypass that node, or put this one before it")
+
+
 def show_under_node(text: str, node_id: str | None) -> None:
     """Show text under a node of the open graph; does nothing where there is no server."""
     if node_id is None:
@@ -47,6 +61,20 @@ def show_under_node(text: str, node_id: str | None) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
     except (ImportError, AttributeError):
         log.debug("no server to show the text of node %s", node_id)
+
+
+def _choice_lines(run: Run) -> list[str]:
+    """For every kernel that ran: what it has shown on this card, and how it fares against dense attention."""
+    lines = []
+    for kernel in dict.fromkeys([*(record.kernel for record in run.records.values()), *run.medians]):
+        facts = [run.proofs.get(kernel, "")]
+        if kernel in run.medians:
+            sparse, dense, name = run.medians[kernel]
+            facts.append(f"{dense / sparse:.1f}x dense per call ({sparse:.2f} ms, {name} {dense:.2f} ms)")
+        if any(facts):
+            lines.append(f"{run.backend}: {kernel}, {', '.join(filter(None, facts))}" if run.backend == AUTO
+                         else f"{kernel}: {', '.join(filter(None, facts))}")
+    return lines
 
 
 def _kept_line(entry: dict) -> str:

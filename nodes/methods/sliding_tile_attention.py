@@ -48,6 +48,13 @@ class Plan:
     def tiles(self) -> Thw:
         return tuple(self.metadata.layout.num_tiles)
 
+    def density(self, md: SlidingTileAttentionMetadata, heads: int) -> Tensor:
+        """Share of query-key pairs that a layer with this metadata computes, a scalar on the CPU."""
+        windows = md.windows(heads)
+        if windows not in self.densities:
+            self.densities[windows] = torch.tensor(md.density(heads))
+        return self.densities[windows]
+
 
 @dataclass(frozen=True)
 class SlidingTileMethod:
@@ -57,6 +64,11 @@ class SlidingTileMethod:
     tile_size: Thw | None
     strategy: Strategy | None = None
     name: str = "STA"
+    dense_serves = True
+    timed = True
+
+    def work(self, plan: Plan, heads: int, call: LayerCall) -> float:
+        return round(plan.density(self._metadata(plan, call), heads).item(), 2)
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
         return Plan(SlidingTileAttentionMetadataBuilder().build(
@@ -76,14 +88,11 @@ class SlidingTileMethod:
                 "label": f"window {_x(window)} of {_x(tiles)} tiles"}
 
     def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        md = plan.metadata.at(call.step.index, call.layer, self._param(plan, call))
-        heads = q.shape[2]
+        md, heads = self._metadata(plan, call), q.shape[2]
         windows = md.windows(heads)
         if self.strategy is not None and all(is_full(window, plan.tiles) for window in windows):
             raise StaysDense("the strategy's windows cover the clip")
-        if windows not in plan.densities:
-            plan.densities[windows] = torch.tensor(md.density(heads))
-        call.record.densities.append(plan.densities[windows])
+        call.record.densities.append(plan.density(md, heads))
         if call.sampled:
             call.record.tile_map = window_map(windows, plan.tiles)
         with set_forward_context(md):
@@ -91,6 +100,9 @@ class SlidingTileMethod:
 
     def remarks(self, run: Run) -> list[str]:
         return []
+
+    def _metadata(self, plan: Plan, call: LayerCall) -> SlidingTileAttentionMetadata:
+        return plan.metadata.at(call.step.index, call.layer, self._param(plan, call))
 
     def _param(self, plan: Plan, call: LayerCall):
         if self.strategy is None:

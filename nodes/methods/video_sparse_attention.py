@@ -51,6 +51,14 @@ class VideoSparseMethod:
     tile_size: Thw | None
     gates: GateSet | None = None
     name: str = "VSA"
+    timed = True
+
+    @property
+    def dense_serves(self) -> bool:
+        return self.gates is None
+
+    def work(self, plan: Plan, heads: int, call: LayerCall) -> int:
+        return plan.metadata.topk
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
         # No reused tile buffer: between layers it would hold three q-sized tensors that the host needs for itself.

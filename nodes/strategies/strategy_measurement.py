@@ -44,11 +44,16 @@ class Search:
     announce: Callable[[str], Any]
     """Called once with the sentence that says what the search costs."""
     name: str = "STA search"
+    dense_serves = False
+    timed = False
     table: ErrorTable | None = None
     done: set = field(default_factory=set)
     """(step, layer) pairs that an earlier, interrupted search has measured."""
     bar: Any = None
     current: int = -1
+
+    def work(self, plan, heads: int, call: LayerCall) -> None:
+        return None
 
     def plan(self, grid: TokenGrid, device: torch.device) -> SlidingTileAttentionMetadata:
         tile = self.tile_size or auto_tile_size(grid.thw)

@@ -34,7 +34,7 @@ def need(*specs, dtype, dim):
             pytest.skip(f"{spec.name}: {reason}")
 
 
-by_kernel = pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.source is not None],
+by_kernel = pytest.mark.parametrize("spec", [spec for spec in KERNELS if spec.files],
                                     ids=lambda spec: spec.name)
 
 

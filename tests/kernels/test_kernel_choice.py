@@ -14,7 +14,6 @@ from pack.kernels import (
     block_sparse_attention,
     choose_kernel,
     explain_kernels,
-    proven,
 )
 
 pytest.importorskip("triton")
@@ -31,8 +30,7 @@ def operands(dtype=torch.float32, dim=16):
                 block_sizes=torch.tensor([64, 64, 9], dtype=torch.int32))
 
 
-def test_auto_takes_the_first_kernel_of_the_table_that_runs_the_call(monkeypatch):
-    monkeypatch.setattr(proven, "unproven", lambda kernel, source: None)
+def test_auto_takes_the_first_kernel_of_the_table_that_runs_the_call():
     assert choose_kernel(Call("cpu", None, torch.float32, 96)).name == "reference"
     assert choose_kernel(GPU).name == "triton"
     h100 = Call("cuda", (9, 0), BF16, 128)
@@ -49,8 +47,8 @@ def test_auto_takes_the_first_kernel_of_the_table_that_runs_the_call(monkeypatch
 def test_triton_chosen_by_name_says_why_it_does_not_run(call, reason):
     with pytest.raises(NoKernel) as error:
         choose_kernel(call, "triton")
-    assert str(error.value).startswith(f"no kernel for this call: triton: {reason}. Choose auto")
-    assert str(error.value).endswith("or dense attention.")
+    assert str(error.value).startswith(f"no kernel for this call: triton: {reason}. ")
+    assert str(error.value).endswith("bypass this node for dense attention.")
     assert explain_kernels(call)["triton"] == reason
 
 
@@ -63,8 +61,16 @@ def test_a_kernel_whose_package_is_absent_says_what_to_install(monkeypatch):
 
 
 def test_the_error_of_a_named_kernel_offers_those_that_would_run():
-    with pytest.raises(NoKernel, match="Choose auto, reference, or dense attention"):
+    with pytest.raises(NoKernel, match="Choose auto or reference, or bypass this node for dense attention"):
+        choose_kernel(Call("cpu", None, torch.float32, 128), "triton")
+    with pytest.raises(NoKernel, match="Nothing else runs it here: bypass this node for dense attention"):
         choose_kernel(Call("cuda", (8, 9), torch.float32, 128), "triton")
+
+
+def test_the_cuda_kernel_wants_exactly_the_gpu_it_is_built_for():
+    call = Call("cuda", (10, 0), BF16, 128)
+    assert explain_kernels(call)["cuda_sm90"] == "GPU is sm_100, needs sm_90"
+    assert KERNELS[0].name == "cuda_sm90"
 
 
 def test_auto_lists_the_reason_of_every_kernel():

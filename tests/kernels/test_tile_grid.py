@@ -287,7 +287,7 @@ def emulated_backend(monkeypatch):
     def refuse(*args):
         raise AssertionError("tokens were copied")
 
-    spec = replace(cuda_sm90.SPEC, load=lambda: emulated_sm90.run, device_types=("cpu",), source=None)
+    spec = replace(cuda_sm90.SPEC, load=lambda: emulated_sm90.run, device_types=("cpu",), files=())
     monkeypatch.setattr(kernels, "KERNELS", (spec, reference.SPEC))
     monkeypatch.setattr(gathered, "on_copies", refuse)
     return spec.name

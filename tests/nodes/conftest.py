@@ -39,22 +39,22 @@ def wan(load_tiny):
 
 @pytest.fixture
 def vsa(comfyui):
-    """vsa(model, sparsity=..., ...) -> the clone that the node returns; tiny clips are not too small for it."""
+    """vsa(model, sparsity=..., ...) -> the clone that the node returns; tiny clips run sparse, however slow that is."""
     from pack.nodes.methods.video_sparse_attention import VideoSparseAttentionPatch
 
     def patch(model, sparsity=0.5, **widgets):
-        widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
+        widgets = {"min_tokens": 0, "start_percent": 0.0, "backend": "reference", **widgets}
         return VideoSparseAttentionPatch.execute(model, sparsity, **widgets)[0]
     return patch
 
 
 @pytest.fixture
 def sta(comfyui):
-    """sta(model, window, ...) -> the clone that the node returns; tiny clips are not too small for it."""
+    """sta(model, window, ...) -> the clone that the node returns; tiny clips run sparse, however slow that is."""
     from pack.nodes.methods.sliding_tile_attention import SlidingTileAttentionPatch
 
     def patch(model, window="1x1x1", **widgets):
-        widgets = {"min_tokens": 0, "start_percent": 0.0, **widgets}
+        widgets = {"min_tokens": 0, "start_percent": 0.0, "backend": "reference", **widgets}
         return SlidingTileAttentionPatch.execute(model, window, **widgets)[0]
     return patch
 

@@ -86,7 +86,7 @@ def test_a_model_that_is_refused_says_why(host_models, name, reason):
         family_of(base)
 
 
-def test_the_node_refuses_a_causal_checkpoint_by_name(load_tiny, vsa):
+def test_the_node_refuses_a_causal_checkpoint_by_name(newest, load_tiny, vsa):
     with pytest.raises(ValueError, match=r"WAN21_CausalAR \(CausalWanModel\): it makes a clip block by block"):
         vsa(load_tiny("tiny_wan_causal"))
 

@@ -62,7 +62,7 @@ def test_a_kernel_chosen_by_name_that_cannot_run_here_is_an_error_with_every_rea
     if torch.cuda.is_available():
         pytest.skip("the Triton kernel may run here")
     from pack.kernels import NoKernel
-    with pytest.raises(NoKernel, match="triton: tensors are on cpu, needs cuda.*Choose auto, reference"):
+    with pytest.raises(NoKernel, match="triton: tensors are on cpu, needs cuda.*Choose auto or reference, or bypass"):
         vsa(wan, backend="triton")
 
 
@@ -78,7 +78,7 @@ def refusing(spec, reason):
 def test_without_any_kernel_auto_runs_dense_and_says_why(wan, vsa, run_of, draw, kernel_table):
     from pack.kernels import reference
     kernel_table(refusing(reference.SPEC, "broken for this test"))
-    patched = vsa(wan, 0.9)
+    patched = vsa(wan, 0.9, backend="auto")
     assert torch.equal(draw(patched), draw(wan))
     run = run_of(patched)
     assert run.dense == {"no kernel": 4} and run.sparse_calls == 0
@@ -89,7 +89,7 @@ def test_without_any_kernel_strict_is_an_error(wan, vsa, kernel_table):
     from pack.kernels import NoKernel, reference
     kernel_table(refusing(reference.SPEC, "broken for this test"))
     with pytest.raises(NoKernel, match="broken for this test"):
-        vsa(wan, 0.9, strict=True)
+        vsa(wan, 0.9, strict=True, backend="auto")
 
 
 def crashing(spec, name="crashing"):
@@ -101,7 +101,7 @@ def crashing(spec, name="crashing"):
 def test_a_kernel_that_fails_is_left_for_the_next_one_and_named(wan, vsa, run_of, draw, kernel_table):
     from pack.kernels import reference
     kernel_table(crashing(reference.SPEC), reference.SPEC)
-    patched = vsa(wan, 0.0)
+    patched = vsa(wan, 0.0, backend="auto")
     assert ((draw(patched) - draw(wan)).norm() / draw(wan).norm()).item() <= 1e-5
     run = run_of(patched)
     assert run.sparse_calls == 4 and "PTX was not understood" in run.failed["crashing"]
@@ -111,13 +111,13 @@ def test_a_kernel_that_fails_is_left_for_the_next_one_and_named(wan, vsa, run_of
 def test_when_every_kernel_fails_the_clip_is_still_finished_dense(wan, vsa, run_of, draw, kernel_table):
     from pack.kernels import reference
     kernel_table(crashing(reference.SPEC))
-    patched = vsa(wan, 0.9)
+    patched = vsa(wan, 0.9, backend="auto")
     assert torch.equal(draw(patched), draw(wan))
     assert run_of(patched).dense == {"no kernel": 4}
     assert any("PTX was not understood" in note for note in run_of(patched).notes)
 
 
-@pytest.mark.parametrize("widgets", [{"strict": True}, {"backend": "crashing"}])
+@pytest.mark.parametrize("widgets", [{"strict": True, "backend": "auto"}, {"backend": "crashing"}])
 def test_a_kernel_that_fails_is_an_error_when_chosen_by_name_or_strict(wan, vsa, draw, kernel_table, widgets):
     from pack.kernels import reference
     kernel_table(crashing(reference.SPEC))
@@ -131,7 +131,7 @@ def test_running_out_of_memory_runs_those_calls_dense(wan, vsa, run_of, draw, ke
     def run(*_):
         raise torch.OutOfMemoryError("no room")
     kernel_table(dataclasses.replace(reference.SPEC, load=lambda: run))
-    patched = vsa(wan, 0.9)
+    patched = vsa(wan, 0.9, backend="auto")
     assert torch.equal(draw(patched), draw(wan))
     assert run_of(patched).dense == {"out of memory": 4}
 
@@ -156,7 +156,8 @@ class Attention:
         self.hook = SparseAttentionHook.of(patched)[0]
         self.run = Run("VSA")
         call = ModelCall((5, 4, 6), (1, 1, 1), frozenset(), frozenset())
-        self.options = {self.hook._step_key: Step(self.run, net, call, True, 1), "grid_sizes": (5, 4, 6)}
+        self.hook._steps["here"] = Step(self.run, net, call, True, 1)
+        self.options = {self.hook._step_key: "here", "grid_sizes": (5, 4, 6)}
 
     def __call__(self, q, k, v, heads, **kwargs):
         def dense(q, k, v, heads, **_):

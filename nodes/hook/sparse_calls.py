@@ -1,0 +1,133 @@
+"""One attention call run sparse: its kernel, the clock, and why it has to run dense after all."""
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...kernels import Contest
+from ...kernels.contest import add
+from ...vsa_core.grid import TokenGrid
+from .method import LayerCall, Method, StaysDense
+from .run import SPARSE, GridRecord, Run
+from .settings import Settings
+from .speed import DenseCall, Speed
+
+log = logging.getLogger(__name__)
+
+SLOWER = "sparse would be slower here"
+
+
+class SparseCalls:
+    """Runs the calls of one hook through its method, on a kernel that is right and, with `auto`, faster than dense."""
+
+    def __init__(self, method: Method, settings: Settings):
+        self.method, self.settings, self.speed = method, settings, Speed()
+
+    @property
+    def insists(self) -> bool:
+        """Whether the user wants an error rather than dense attention."""
+        return self.settings.strict or self.settings.backend != kernels.AUTO
+
+    def run(self, call: LayerCall, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor, scale: float | None,
+            dense: DenseCall) -> tuple[Tensor | None, str | None]:
+        """The result for q, k, v [B, S, H, D], or None and why the call has to run dense."""
+        run = call.step.run
+        if scale is not None and abs(scale - q.shape[-1] ** -0.5) > 1e-6 * scale:
+            return None, "softmax scale other than head_dim ** -0.5"
+        asked = kernels.Call.of(q)
+        run.asked[asked] = None
+        while True:
+            spec = None
+            try:
+                spec = kernels.choose_kernel(asked, self.settings.backend, run.failed, announce=run.note)
+                run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
+                return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
+            except kernels.NoKernel as error:
+                if self.insists:
+                    raise
+                run.note(str(error))
+                return None, "no kernel"
+            except StaysDense as reason:
+                return None, str(reason)
+            except comfy.model_management.InterruptProcessingException:
+                raise
+            except torch.cuda.OutOfMemoryError as error:
+                if self.insists:
+                    raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip, or switch strict "
+                                       "off and backend to auto to run such calls dense") from error
+                run.plans.clear()
+                run.note("the sparse path ran out of memory; those calls ran dense")
+                return None, "out of memory"
+            except Exception as error:
+                if spec is None:
+                    raise
+                if self.insists:
+                    raise RuntimeError(f"kernel {spec.name} failed: {type(error).__name__}: {error}. "
+                                       "Choose another backend, or switch strict off to run dense instead") from error
+                run.failed[spec.name] = f"failed in this run: {type(error).__name__}: {error}"
+                log.warning("[%s] kernel %s failed", self.method.name, spec.name, exc_info=True)
+
+    def _on_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v, dense: DenseCall):
+        run, step = call.step.run, call.step
+        key = (grid, q.device)
+        if key not in run.plans:
+            run.plans[key] = self.method.plan(grid, q.device)
+        plan, contest = run.plans[key], None
+        if self.method.timed:
+            contest = self.speed.contest(dense, call.kernel, self.method.work(plan, q.shape[2], call))
+            if self._loses(call, contest, dense):
+                return None, SLOWER
+        record = run.records.get((grid, call.kernel)) or GridRecord(grid, self.method.facts(plan), call.kernel)
+        sampled = run.sampled_step != step.number
+        call = replace(call, record=record, sampled=sampled or self.settings.verbose)
+        with run.timed(SPARSE, call.layer, q.device) as span:
+            out = self.method.attend(plan, q, k, v, call)
+        if sampled:
+            run.sampled_step = step.number
+            run.watch_finite(q, k, v)
+        if contest is not None:
+            if contest.sparse and contest.wants_dense():
+                self._probe(contest, dense, run, q.device)
+            add(contest.sparse, span)
+        record.calls += 1
+        run.records[grid, call.kernel] = record
+        return out, None
+
+    def _loses(self, call: LayerCall, contest: Contest, dense: DenseCall) -> bool:
+        """Whether this call runs dense because that is faster; the run learns both times in any case."""
+        wins, run = contest.sparse_wins(), call.step.run
+        if wins is None:
+            return False
+        run.medians[call.kernel] = (*contest.medians(), dense.name)
+        if wins:
+            return False
+        sparse_ms, dense_ms = contest.medians()
+        times = f"{sparse_ms:.1f} ms, dense {dense_ms:.1f} ms ({dense.name})"
+        if self.method.dense_serves and self.settings.backend == kernels.AUTO:
+            run.note(f"{SLOWER}: {times}. To run it sparse all the same choose backend {call.kernel}")
+            return True
+        if not self.method.dense_serves:
+            run.note(f"sparse attention does not gain time here: {times}. This model was trained for it, so it stays")
+        else:
+            run.note(f"sparse is slower than dense here: {times}. Backend {call.kernel} was chosen by name: it stays")
+        return False
+
+    @staticmethod
+    def _probe(contest: Contest, dense: DenseCall, run: Run, device: torch.device) -> None:
+        """Run the same call densely, only to be timed: where no dense step came before, nothing else tells."""
+        try:
+            span = kernels.Span(device)
+            dense.compute()
+            span.end()
+            add(contest.dense, span)
+            run.probes += 1
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            contest.given_up = True
+            run.note(f"dense attention could not be timed beside it: {type(error).__name__}: {error}")
