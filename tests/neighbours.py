@@ -2,7 +2,6 @@
 
 Written after what those packs do, not after how. Where the neighbour is a node of core, the node itself is taken.
 """
-import copy
 import types
 from dataclasses import dataclass
 
@@ -136,12 +135,7 @@ def lazy_weights(model):
 
 def deep_clone(model):
     """A clone that owns a copy of the model itself, as core's work units for several GPUs make it."""
-    if hasattr(model, "deepclone_multigpu"):
-        return model.deepclone_multigpu(model.load_device)
-    clone = model.clone()
-    clone.model = copy.copy(model.model)
-    clone.model._modules = {**model.model._modules, "diffusion_model": copy.deepcopy(model.model.diffusion_model)}
-    return clone
+    return model.deepclone_multigpu(model.load_device)
 
 
 def core_sparse(model):

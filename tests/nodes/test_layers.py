@@ -33,6 +33,7 @@ def one_head_a_call(comfyui, monkeypatch):
     """From now on models call attention once per head, as nodes for little memory make them do."""
     def split(attention):
         def call(q, k, v, heads, *args, **kwargs):
+            q, k, v = (x if isinstance(x, torch.Tensor) else x.take() for x in (q, k, v))
             by_head, out_by_head = kwargs.get("skip_reshape", False), kwargs.get("skip_output_reshape", False)
 
             def part(x, head):

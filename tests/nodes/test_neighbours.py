@@ -17,6 +17,12 @@ def drawn(draw):
     return lambda model, neighbour: draw(model, neighbour.latent, steps=neighbour.steps)
 
 
+@pytest.fixture(autouse=True)
+def known_neighbour(neighbour, wan):
+    if neighbour.name == "clones for several GPUs" and not hasattr(wan, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no work units for several GPUs")
+
+
 def counts(run):
     return dict(run.layers), dict(run.dense), dict(run.other), run.steps, run.sparse_calls
 
@@ -51,8 +57,6 @@ def test_with_every_pair_kept_the_neighbour_gives_what_it_gives_alone(wan, vsa, 
 
 @neighbours
 def test_trained_gates_reach_their_layers_beside_the_neighbour(gated, vsa, drawn, run_of, neighbour):
-    if neighbour.name == "clones for several GPUs" and not hasattr(gated, "deepclone_multigpu"):
-        pytest.skip("this ComfyUI has no work units for several GPUs")
     first, last = neighbour.patch(vsa(gated, 0.5)), vsa(neighbour.patch(gated), 0.5)
     assert torch.equal(drawn(first, neighbour), drawn(last, neighbour))
     for patched in (first, last):
