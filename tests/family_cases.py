@@ -25,6 +25,8 @@ class Case:
     """Latents that no patch and no tile divides, where core itself can sample them."""
     batch: bool = True
     """Whether core can sample a batch of clips."""
+    needs: str = ""
+    """A condition that core's models must know; where they do not, the case is skipped."""
 
     @property
     def calls_per_step(self):
@@ -51,7 +53,8 @@ CASES = (
     Case("Wan VACE", "tiny_wan_vace", "wan_vace", (5, 4, 6), layers=4, calls=6, odd=EVEN),
     Case("Wan Camera", "tiny_wan_camera", "wan_camera", (5, 4, 6), odd=EVEN),
     Case("Wan with a reference image", "tiny_wan_ref", "wan_ref", (5, 4, 6), prefix=24, odd=EVEN),
-    Case("Wan with in-context references", "tiny_wan_t2v", "wan_context", (5, 5, 6), suffix=30 + 24),
+    Case("Wan with in-context references", "tiny_wan_t2v", "wan_context", (5, 5, 6), suffix=30 + 24,
+         needs="context_latents"),
     Case("Wan with frames appended in time", "tiny_wan_t2v", "wan_concat", (5, 5, 6), suffix=2 * 30),
     Case("Wan S2V", "tiny_wan_s2v", "wan_s2v", (5, 5, 8), suffix=40 + 64 + 16 + 16, odd=((3, 9, 16), (7, 15, 8))),
     Case("Wan Animate", "bare_wan_animate", "wan_animate", (5, 4, 6), odd=EVEN),

@@ -4,7 +4,7 @@ Adding a family is one file and one line here.
 """
 from __future__ import annotations
 
-from .abstract import ModelCall, VideoFamily
+from .abstract import ModelCall, VideoFamily, unwrapped
 from .cogvideox import CogVideoX
 from .cosmos import Cosmos
 from .hunyuan_video import HunyuanVideo
@@ -26,7 +26,7 @@ def family_of(base_model) -> VideoFamily:
 
     Raises ValueError, naming what was found, for a model that makes no video, that is refused or of no known family.
     """
-    net = base_model.diffusion_model
+    net = unwrapped(base_model.diffusion_model)
     known = ", ".join(family.name for family in FAMILIES)
     found = f"found {type(base_model).__name__} ({type(net).__name__})"
     latent_format = getattr(base_model, "latent_format", None)

@@ -64,10 +64,14 @@ class VideoFamily(Protocol):
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         """The facts of a forward pass, from what BaseModel.apply_model is called with."""
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        """(index of the transformer block that calls, number of blocks), None where not known.
+    def blocks(self, net) -> Sequence:
+        """The transformer blocks with the clip's self-attention, in the order in which layers are numbered."""
 
-        seen: how many of the clip's self-attention calls this forward pass has made before this one.
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        """(index of the layer that makes a call, number of layers), None for an index that nothing tells.
+
+        options: the call's transformer_options.   running: the place in `blocks` of the block that is running, None
+        where the host calls parts of a block by themselves.
         """
 
     def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
@@ -78,9 +82,17 @@ class VideoFamily(Protocol):
         """
 
 
+def unwrapped(net):
+    """The diffusion model itself, where torch.compile has put a module of its own around it."""
+    while "_orig_mod" in getattr(net, "_modules", ()):
+        net = net._modules["_orig_mod"]
+    return net
+
+
 def built_on(net, name: str, package: str) -> bool:
     """Whether a class `name` of ComfyUI's comfy.ldm.`package` is among the classes of the diffusion model."""
-    return any(cls.__name__ == name and f".{package}." in f".{cls.__module__}." for cls in type(net).__mro__)
+    classes = type(unwrapped(net)).__mro__
+    return any(cls.__name__ == name and f".{package}." in f".{cls.__module__}." for cls in classes)
 
 
 def token_grid(latent_thw: Sequence[int], patch_size: Sequence[int]) -> Thw:

@@ -1,11 +1,12 @@
 """CogVideoX 1.0 and 1.5, text, image and inpainting (comfy/ldm/cogvideo).
 
 Grid: latent / (1, 2, 2), in 1.5 (2, 2, 2), rounded up; raster order. Heads: 30 or 48 x 64. Every block attends once
-over the text (226 tokens) and then the clip. Images come in as channels. Layer: the host publishes none; calls are
-counted, one per block. Nothing else reaches the hook.
+over the text (226 tokens) and then the clip. Images come in as channels. Nothing else reaches
+the hook.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -21,8 +22,11 @@ class CogVideoX:
     def heads(self, net) -> tuple[int, int]:
         return net.num_attention_heads, net.attention_head_dim
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return seen, len(net.blocks)
+    def blocks(self, net) -> Sequence:
+        return net.blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return running, len(net.blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), (net.patch_size_t or 1, net.patch_size, net.patch_size),

@@ -1,11 +1,11 @@
 """Cosmos 1 and Cosmos Predict2 (comfy/ldm/cosmos).
 
-Grid: latent / (1, 2, 2), rounded up; raster order; no other tokens. Heads: 16, 32 or 40 x 128. Layer: Predict2
-publishes `block_index`; in Cosmos 1 the calls are counted, one per block. Dense: cross-attention to the text. A
-single image, which both can make, is one frame and stays dense.
+Grid: latent / (1, 2, 2), rounded up; raster order; no other tokens. Heads: 16, 32 or 40 x 128. Dense: cross-attention
+to the text. A single image, which both can make, is one frame and stays dense.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -21,8 +21,11 @@ class Cosmos:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.model_channels // net.num_heads
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return options.get("block_index", seen), len(net.blocks)
+    def blocks(self, net) -> Sequence:
+        return tuple(net.blocks.values() if hasattr(net.blocks, "values") else net.blocks)
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return (options.get("block_index") if running is None else running), len(net.blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), (net.patch_temporal, net.patch_spatial, net.patch_spatial),

@@ -9,10 +9,11 @@ the prompt's mask hides stay hidden. Dense: the two self-attention blocks that r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, token_grid, video_thw
+from .abstract import UNKNOWN_TOKENS, ModelCall, built_on, length, present, token_grid, video_thw
 
 
 class HunyuanVideo:
@@ -24,12 +25,14 @@ class HunyuanVideo:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.hidden_size // net.num_heads
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
+    def blocks(self, net) -> Sequence:
+        return (*net.double_blocks, *net.single_blocks)
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         doubles = len(net.double_blocks)
-        index = options.get("block_index")
-        if index is not None and options.get("block_type") == "single":
-            index += doubles
-        return index, doubles + len(net.single_blocks)
+        if running is None and (running := options.get("block_index")) is not None:
+            running += doubles * (options.get("block_type") == "single")
+        return running, doubles + len(net.single_blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         patch = tuple(net.patch_size)
@@ -42,4 +45,18 @@ class HunyuanVideo:
 
     def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
                heads: tuple[int, int]) -> TokenGrid | str:
-        return call.place(num_tokens) if "block_type" in options else "text refiner"
+        if "block_type" not in options:
+            return "text refiner"
+        return call.place(num_tokens) if _text_comes_first(net, call, options, num_tokens) else UNKNOWN_TOKENS
+
+
+def _text_comes_first(net, call: ModelCall, options: dict[str, Any], num_tokens: int) -> bool:
+    """Whether nothing that the host shows of its order contradicts it.
+
+    Double blocks of ComfyUI before 0.14, and of models made after them, say that they put the clip first. Single
+    blocks are told where the clip and its reference image lie.
+    """
+    if any(getattr(block, "flipped_img_txt", False) for block in net.double_blocks):
+        return False
+    first, last = options.get("img_slice") or (call.prefix, num_tokens)
+    return last == num_tokens and (first == call.prefix or "ref_latent" in call.conds and first < call.prefix)

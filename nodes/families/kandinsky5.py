@@ -1,11 +1,12 @@
 """Kandinsky 5, lite and pro (comfy/ldm/kandinsky5).
 
-Grid: latent / (1, 2, 2), rounded up; raster order; no other tokens. Heads: 28 x 64 (lite) or 32 x 128 (pro). Layer:
-`block_index`. Dense: the self-attention blocks of the text encoder, which run first and carry no index, and
-cross-attention to the text. A first frame to start from replaces cells of the latent and adds no tokens.
+Grid: latent / (1, 2, 2), rounded up; raster order; no other tokens. Heads: 28 x 64 (lite) or 32 x 128 (pro). Dense:
+the self-attention blocks of the text encoder, which run first, and cross-attention to the text. A first frame to
+start from replaces cells of the latent and adds no tokens.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -22,8 +23,11 @@ class Kandinsky5:
         attention = net.visual_transformer_blocks[0].self_attention
         return attention.num_heads, attention.head_dim
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return options.get("block_index"), len(net.visual_transformer_blocks)
+    def blocks(self, net) -> Sequence:
+        return net.visual_transformer_blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return (options.get("block_index") if running is None else running), len(net.visual_transformer_blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), tuple(net.patch_size), frozenset({length(context)} - {0}),

@@ -4,13 +4,13 @@ Grid: the latent itself, patch (1, 1, 1), raster order. Heads: 32 x 64 (2B) or 3
 cross-attention. Guide and keyframe frames are appended to the latent; they are no part of the clip in time and
 become a suffix, of which the host may drop tokens. LTX-2 adds an audio stream with attention of its own.
 
-Layer: the host publishes none; the clip's self-attention calls are counted, minus the blocks that spatio-temporal
-guidance takes the attention out of. Dense: cross-attention, the whole audio stream and what joins it with the
-video, told apart by its heads; self-attention under guide masks (`guide strength` other than 1), which the host
-splits into calls with fewer queries than keys. Where audio and video agree in heads and in length, both stay dense.
+Dense: cross-attention, the whole audio stream and what joins it with the video, told apart by its heads;
+self-attention under guide masks (`guide strength` other than 1), which the host splits into calls with fewer queries
+than keys. Where audio and video agree in head_dim and in length, both stay dense.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -26,10 +26,11 @@ class LtxVideo:
     def heads(self, net) -> tuple[int, int]:
         return net.num_attention_heads, net.attention_head_dim
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        skipped = options.get("stg_self_attn_blocks", ())
-        blocks = [i for i in range(len(net.transformer_blocks)) if i not in skipped]
-        return (blocks[seen] if seen < len(blocks) else None), len(net.transformer_blocks)
+    def blocks(self, net) -> Sequence:
+        return net.transformer_blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return running, len(net.transformer_blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         thw = video_thw(video_shape(latent_shape, conds))
@@ -41,18 +42,16 @@ class LtxVideo:
             else:
                 thw, guides = (thw[0] - frames, *thw[1:]), keyframes.shape[2]
                 whole = _is_whole(conds.get("denoise_mask"), thw[0])
-        if self._audio_looks_like_video(net) and thw is not None:
+        if getattr(net, "audio_attention_head_dim", None) == self.heads(net)[1] and thw is not None:
             contexts.add(_audio_tokens(conds))
         return ModelCall(thw, (1, 1, 1), frozenset(contexts - {0}), present(conds), 0, guides,
                          suffix_may_be_cut=whole)
 
     def locate(self, net, call: ModelCall, options: dict[str, Any], num_tokens: int,
                heads: tuple[int, int]) -> TokenGrid | str:
-        return call.place(num_tokens) if heads == self.heads(net) else NOT_THE_CLIP
-
-    def _audio_looks_like_video(self, net) -> bool:
-        audio = getattr(net, "audio_num_attention_heads", None), getattr(net, "audio_attention_head_dim", None)
-        return audio == self.heads(net)
+        number, head_dim = self.heads(net)
+        clips = heads[1] == head_dim and heads[0] <= number      # some of the heads, where a neighbour splits a call
+        return call.place(num_tokens) if clips else NOT_THE_CLIP
 
 
 def _audio_tokens(conds: dict[str, Any]) -> int:

@@ -2,12 +2,12 @@
 
 Grid: video latent / (1, 2, 2), rounded up; raster order. Heads: 56 x 128. Every block attends once over one packed
 sequence: text, condition frames and references, audio (two tokens per audio latent frame), and last the clip. The
-host runs each condition on its own, batch 1, and hands the hook plain tensors. Layer: `block_index` where the host
-publishes it (0.33 does not), else the calls are counted, one per block. Dense: the blocks that refine the text.
+host runs each condition on its own, batch 1, and hands the hook plain tensors. Dense: the blocks that refine the text.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,11 @@ class MiniMaxH3:
         attention = net.blocks[0].attn
         return attention.heads, attention.head_dim
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return options.get("block_index", seen), len(net.blocks)
+    def blocks(self, net) -> Sequence:
+        return net.blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return (options.get("block_index") if running is None else running), len(net.blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         shapes = conds.get("latent_shapes") or ()

@@ -1,11 +1,12 @@
 """Mochi (comfy/ldm/genmo).
 
 Grid: latent / (1, 2, 2), raster order. Heads: 24 x 128. Every block attends once over the clip and then the text,
-cut to the tokens that the prompt has (`num_tokens`, counted by the host). Layer: the host publishes none; calls are
-counted, one per block. The pooling of the text does not reach the hook.
+cut to the tokens that the prompt has (`num_tokens`, counted by the host). The pooling of the text
+does not reach the hook.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
@@ -24,8 +25,11 @@ class Mochi:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.head_dim
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return seen, len(net.blocks)
+    def blocks(self, net) -> Sequence:
+        return net.blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return running, len(net.blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         text = min(int(conds.get("num_tokens", _NUM_TOKENS)), length(context))

@@ -20,7 +20,7 @@ Animate's face adapter, S2V's and WanDancer's audio, which the host calls withou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...vsa_core.grid import Thw, TokenGrid
@@ -38,8 +38,11 @@ class Wan:
     def heads(self, net) -> tuple[int, int]:
         return net.num_heads, net.dim // net.num_heads
 
-    def layer(self, net, options: dict[str, Any], seen: int) -> tuple[int | None, int | None]:
-        return options.get("block_index"), options.get("total_blocks", len(net.blocks))
+    def blocks(self, net) -> Sequence:
+        return net.blocks
+
+    def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
+        return (options.get("block_index") if running is None else running), len(net.blocks)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         contexts = {length(x) for x in (context, *map(conds.get, _CONTEXTS))} - {0}

@@ -18,6 +18,7 @@ from ... import kernels
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from ..families import VideoFamily, family_of
+from ..families.running_block import running_block, told_apart
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
 from .method import LayerCall, Method, Step
@@ -80,7 +81,6 @@ class SparseAttentionHook:
         options[OVERRIDE] = hook.override
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, hook.key, hook._outer_sample)
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, hook.key, hook._apply_model)
-        clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, hook.key, hook._prepare_state)
         clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, hook.key, hook._cleanup)
         return clone
 
@@ -96,8 +96,7 @@ class SparseAttentionHook:
                 log.info("[%s] replaces the settings of an earlier %s node", self.method.name, self.method.name)
                 for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
                     clone.remove_wrappers_with_key(kind, old.key)
-                for kind in (CallbacksMP.ON_PREPARE_STATE, CallbacksMP.ON_CLEANUP):
-                    clone.remove_callbacks_with_key(kind, old.key)
+                clone.remove_callbacks_with_key(CallbacksMP.ON_CLEANUP, old.key)
                 if options.get(OVERRIDE) is old.override:
                     options[OVERRIDE] = old._found_override
                     if old._found_override is None:
@@ -157,10 +156,8 @@ class SparseAttentionHook:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def _prepare_state(self, patcher, timestep, model_options=None, *_):
-        """Put the override back on top when a node after ours has taken its place."""
-        options = (patcher.model_options if model_options is None else model_options)
-        options = options.setdefault("transformer_options", {})
+    def _take_top(self, options: dict) -> None:
+        """Put the override back on top, for this forward pass, when a node after ours has taken its place."""
         found = options.get(OVERRIDE)
         if not self._is_under(found, options):
             options[self._previous_key], options[OVERRIDE] = found, self.override
@@ -196,15 +193,17 @@ class SparseAttentionHook:
                     *place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma))
         token, seen = f"{run.steps}.{next(_numbers)}", run.seen
         options = {**options, self._step_key: token}
+        self._take_top(options)
         if len(args) > 3:
             args[3] = options
         else:
             kwargs["transformer_options"] = options
         self._steps[token] = step
         try:
-            out = executor(x, t, *args, **kwargs)
-            if run.seen == seen and run.steps == 1:
-                out = self._unseen(run, base, options, lambda: executor(x, t, *args, **kwargs), out)
+            with told_apart(self.family.blocks(base.diffusion_model)):
+                out = executor(x, t, *args, **kwargs)
+                if run.seen == seen and run.steps == 1:
+                    out = self._unseen(run, base, options, lambda: executor(x, t, *args, **kwargs), out)
             return out
         finally:
             del self._steps[token]
@@ -242,14 +241,15 @@ class SparseAttentionHook:
             run.other[grid] += 1
             with run.timed(OTHER, None, q.device):
                 return self._dense(func, options, q, k, v, heads, *args, **kwargs)
-        layer, layers = self.family.layer(step.net, options, step.seen)
-        step.seen += 1
+        layer, layers = self.family.layer(step.net, options, running_block(options))
+        of_heads = self.family.heads(step.net)[0]
+        part = step.heads_of(layer, heads, of_heads)
         reason = self._reason_for_dense(step, grid, layer, layers)
         dense = DenseCall.of(lambda: self._dense(func, options, q, k, v, heads, *args, **kwargs), q, k, func,
                              self._previous(options))
         if reason is None:
             qkv = tuple(to_bshd(x, heads, skip_reshape) for x in (q, k, v))
-            call = LayerCall("", layer, layers, step, options, None)
+            call = LayerCall("", layer, layers, part, of_heads, step, options, None)
             out, reason = self.calls.run(call, grid, *qkv, given.get("scale"), dense)
             if out is not None:
                 run.layers[layer][SPARSE] += 1
@@ -298,6 +298,9 @@ class SparseAttentionHook:
             return f"fewer than {self.settings.min_tokens} tokens"
         if not step.scheduled:
             return "outside start_percent..end_percent"
-        if layer is not None and self.settings.dense_blocks.contains(layer, layers):
-            return "dense_blocks"
+        if self.settings.dense_blocks.ranges:
+            if layer is None:
+                return "layer not known"
+            if self.settings.dense_blocks.contains(layer, layers):
+                return "dense_blocks"
         return None

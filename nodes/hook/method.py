@@ -59,10 +59,22 @@ class Step:
     """Place of this pass's sigma in the sampling schedule, 0 .. total - 1."""
     total: int = 1
     """Steps in the sampling schedule."""
-    seen: int = 0
-    """The clip's self-attention calls in this pass so far."""
+    next_head: dict[int | None, int] = field(default_factory=dict)
+    """Layers whose attention came in part so far -> the head that the next part begins with."""
     masks: list = field(default_factory=list)
     """The attention masks of this pass with the tokens that they hide, see `masks`."""
+
+    def heads_of(self, layer: int | None, heads: int, of: int) -> range | None:
+        """Which of a layer's `of` heads a call with `heads` of them computes, None where that is not known.
+
+        A host that is short of memory attends with a part of the heads after the other, in their order.
+        """
+        first = self.next_head.pop(layer, 0) if heads < of else 0
+        if first + heads > of:
+            return None
+        if first + heads < of:
+            self.next_head[layer] = first + heads
+        return range(first, first + heads)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,10 @@ class LayerCall:
     kernel: str
     layer: int | None
     layers: int | None
+    heads: range | None
+    """Which of the layer's heads this call computes, None where that is not known."""
+    of_heads: int
+    """How many heads the layer has."""
     step: Step
     options: dict[str, Any]
     """The call's transformer_options."""

@@ -36,10 +36,10 @@ DEFAULT_WINDOW = "1.0x0.5x0.5"
 
 @dataclass
 class Plan:
-    """One grid: its metadata, and the strategy's windows in tiles per schedule length."""
+    """One grid: its metadata, and the strategy's windows in tiles per schedule length and heads of a call."""
 
     metadata: SlidingTileAttentionMetadata
-    params: dict[int, list] = field(default_factory=dict)
+    params: dict[tuple[int, int, int], list] = field(default_factory=dict)
     densities: dict[tuple[Thw, ...], Tensor] = field(default_factory=dict)
     """Share of query-key pairs computed, per distinct windows of a layer's heads."""
     layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN))
@@ -107,10 +107,13 @@ class SlidingTileMethod:
     def _param(self, plan: Plan, call: LayerCall):
         if self.strategy is None:
             return None
-        total = call.step.total
-        if total not in plan.params:
-            plan.params[total] = self.strategy.sta_param(plan.tiles, total)
-        return plan.params[total]
+        if call.layer is None or call.heads is None:
+            raise StaysDense("the strategy is per layer and head, and those of this call are not known")
+        total, (first, last) = call.step.total, (call.heads.start, call.heads.stop)
+        if (total, first, last) not in plan.params:
+            plan.params[total, first, last] = [[row[first:last] for row in layers]
+                                               for layers in self.strategy.sta_param(plan.tiles, total)]
+        return plan.params[total, first, last]
 
 
 def window_map(windows: tuple[Thw, ...], tiles: Thw) -> Tensor:

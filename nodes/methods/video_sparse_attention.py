@@ -82,7 +82,7 @@ class VideoSparseMethod:
     def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layer, record = plan.layers.of(q, call.kernel), call.record
         layer.attn_impl.on_selection = (lambda tiles, md: _observe(tiles, md, record)) if call.sampled else None
-        gate = gate_of(call.options, q)
+        gate = gate_of(call.options, q, call.heads, call.of_heads)
         with set_forward_context(plan.metadata):
             out = layer(q, k, v, gate_compress=gate)
         if gate is not None:

@@ -22,6 +22,7 @@ from ...checkpoints.gate_names import check_gates
 from ...checkpoints.trained import Trained
 from ..families import family_of
 from ..hook.hook import SparseAttentionHook
+from ..hook.method import StaysDense
 from ..hook.status import show_under_node
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 KEY = "video_sparse_attention.gates"
 """Of a model's GateSet in its transformer_options, of its wrappers, and of the gates' ModelPatcher."""
 FED = "video_sparse_attention.gate"
-"""In the transformer_options of one attention call: (gate layer, the attention's input)."""
+"""In the transformer_options of one self-attention: its FedGate."""
 ATTENTION = {"Wan": ("self_attn", "dim"), "MiniMax H3": ("attn", "hidden_size")}
 """Family -> (self-attention in net.blocks[n], attribute of net with the width of its input)."""
 
@@ -45,17 +46,42 @@ class GateLayers(torch.nn.Module):
         self.feeds = [GateFeed(layer) for layer in self.layers]
 
 
+class FedGate:
+    """The gate of one self-attention, computed for the calls of it that run sparse."""
+
+    def __init__(self, layer: torch.nn.Module, x: Tensor):
+        self.layer, self.x = layer, x
+        self._gate: Tensor | None = None
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def of(self, query: Tensor, part: range | None, heads: int) -> Tensor:
+        """The gate [B, S, H, D] of a call with the heads `part` out of `heads`.
+
+        Raises StaysDense where it cannot be told which heads or tokens of the gate the call's are.
+        """
+        gate = self.layer(self.x).to(query.dtype) if self._gate is None else self._gate
+        head_dim = query.shape[-1]
+        if part is None or gate.numel() * len(part) != query.numel() * heads:
+            raise StaysDense("its VSA gate is for other heads or tokens")
+        self._gate = None if part.stop == heads else gate       # kept while the rest of the heads is still to come
+        return gate.unflatten(-1, (heads, head_dim))[..., part.start:part.stop, :].reshape(query.shape)
+
+
 class GateFeed:
-    """Pre-hook of a self-attention: gives its call the gate layer and the input to apply it to."""
+    """Pre-hook of a self-attention: gives its calls the gate layer and the input to apply it to."""
 
     def __init__(self, layer: torch.nn.Module):
         self.layer = layer
 
     def __call__(self, module, args, kwargs):
-        options = kwargs.get("transformer_options")
-        if options is None or not args:
+        options, x = kwargs.get("transformer_options"), args[0] if args else kwargs.get("x")
+        if isinstance(x, list) and len(x) == 1:     # a neighbour's, from which the attention takes its input out
+            x = x[0]
+        if options is None or not isinstance(x, Tensor):
             return None
-        return args, {**kwargs, "transformer_options": {**options, FED: (self.layer, args[0])}}
+        return args, {**kwargs, "transformer_options": {**options, FED: FedGate(self.layer, x)}}
 
 
 class GateSet:
@@ -146,10 +172,7 @@ def gates_of(model) -> GateSet | None:
     return model.model_options.get("transformer_options", {}).get(KEY)
 
 
-def gate_of(options: dict[str, Any], query: Tensor) -> Tensor | None:
-    """The gate of one attention call [B, S, H, D], like `query`; None when the call has none."""
+def gate_of(options: dict[str, Any], query: Tensor, part: range | None, heads: int) -> Tensor | None:
+    """The gate of one attention call [B, S, H, D], like `query`; None when the call has none. See `FedGate.of`."""
     fed = options.get(FED)
-    if fed is None:
-        return None
-    layer, x = fed
-    return layer(x).reshape(query.shape).to(query.dtype)
+    return None if fed is None else fed.of(query, part, heads)

@@ -26,7 +26,7 @@ def nothing_set(monkeypatch, tmp_path):
     monkeypatch.setattr(comfy_boot, "enclosing", lambda: None)
 
 
-def refuse(tmp):
+def refuse(release, tmp):
     raise RuntimeError("no network")
 
 
@@ -51,7 +51,7 @@ def test_the_checkout_at_the_destination_is_taken_without_fetching(monkeypatch, 
 
 def test_when_git_fails_the_source_distribution_is_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(get_comfyui, "from_git", refuse)
-    monkeypatch.setattr(get_comfyui, "from_sdist", lambda tmp: checkout(tmp / "ComfyUI"))
+    monkeypatch.setattr(get_comfyui, "from_sdist", lambda release, tmp: checkout(tmp / "ComfyUI"))
     path, origin = get_comfyui.get()
     assert path == tmp_path / "default" and comfy_boot.is_checkout(path) and origin.startswith("PyPI")
 
@@ -61,6 +61,14 @@ def test_when_nothing_can_be_fetched_every_reason_is_named(monkeypatch):
     monkeypatch.setattr(get_comfyui, "from_sdist", refuse)
     with pytest.raises(SystemExit, match="(?s)git v.*no network.*PyPI.*no network.*COMFYUI_PATH"):
         get_comfyui.get()
+
+
+def test_the_oldest_is_fetched_to_a_place_of_its_own_whatever_else_there_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMFYUI_PATH", str(checkout(tmp_path / "named")))
+    monkeypatch.setattr(get_comfyui, "from_git", refuse)
+    monkeypatch.setattr(get_comfyui, "from_sdist", lambda release, tmp: checkout(tmp / release.tag))
+    path, origin = get_comfyui.get(release=get_comfyui.OLDEST)
+    assert path == tmp_path / "default-oldest" and origin == f"PyPI {get_comfyui.OLDEST.sdist}"
 
 
 def test_a_destination_that_is_something_else_is_left_alone(tmp_path):

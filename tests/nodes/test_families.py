@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from family_cases import CASES, Case
+from witness import witnessed
 
 STEPS = 2
 
@@ -64,52 +65,13 @@ def test_with_most_pairs_dropped_the_result_differs_and_is_finite(load_tiny, met
     assert run_of(patched).sparse_calls == STEPS * case.calls_per_step
 
 
-def blocks_of(net):
-    """The transformer blocks that hold the clip's self-attention, in the order in which they run."""
-    for names in (("double_blocks", "single_blocks"), ("visual_transformer_blocks",), ("transformer_blocks",),
-                  ("blocks",)):
-        if hasattr(net, names[0]):
-            found = [getattr(net, name) for name in names]
-            return [block for blocks in found
-                    for block in (blocks.values() if isinstance(blocks, torch.nn.ModuleDict) else blocks)]
-
-
-class Witness:
-    """A method that also notes in which transformer block of the model every call was made."""
-
-    def __init__(self, method, net):
-        self.method, self.name, self.plan, self.facts = method, method.name, method.plan, method.facts
-        self.running, self.seen, self.handles = None, [], []
-        for i, block in enumerate(blocks_of(net)):
-            for module in block.modules():
-                self.handles.append(module.register_forward_pre_hook(self.enter(i)))
-
-    def enter(self, i):
-        def hook(*_):
-            self.running = i
-        return hook
-
-    def remarks(self, run):
-        return self.method.remarks(run)
-
-    def attend(self, plan, q, k, v, call):
-        self.seen.append((call.layer, self.running))
-        return self.method.attend(plan, q, k, v, call)
-
-
 @variants
 def test_the_layer_index_is_the_index_of_the_block_that_calls(load_tiny, method, sampled, case: Case):
-    from pack.nodes.hook.hook import SparseAttentionHook
     model = load_tiny(case.checkpoint)
-    hook = SparseAttentionHook.of(patched := method[0](model))[0]
-    hook.method = witness = Witness(hook.method, model.model.diffusion_model)
-    try:
+    with witnessed(patched := method[0](model)) as seen:
         sampled(patched, case)
-    finally:
-        for handle in witness.handles:
-            handle.remove()
-    assert witness.seen and all(told == running for told, running in witness.seen)
-    assert {told for told, _ in witness.seen} == set(range(case.layers))
+    assert seen and all(told == running for told, running in seen)
+    assert {told for told, _ in seen} == set(range(case.layers))
 
 
 @variants

@@ -113,7 +113,7 @@ def test_what_the_hook_puts_into_transformer_options_can_be_copied_compared_and_
         options = kwargs["transformer_options"]
         ours = {key: value for key, value in options.items() if str(key).startswith("video_sparse_attention")}
         assert copy.deepcopy(ours) == ours and sorted(map(str, ours.values())) and all(
-            isinstance(value, str) or callable(value) or value is None for value in ours.values())
+            isinstance(value, (str, int)) or callable(value) or value is None for value in ours.values())
         seen.append(ours)
         return func(*args, **{**kwargs, "transformer_options": copy.deepcopy(
             {key: value for key, value in options.items() if key not in ("wrappers", "callbacks", "patches")})})
