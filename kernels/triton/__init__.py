@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from ..spec import KernelSpec
+from .install import advice
 
 
 def _missing() -> str | None:
     # Asked in every call; looking through the search path takes longer than all the rest of a choice.
     if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton, on Windows triton-windows)"
+        return advice(torch.__version__)
     return None
 
 

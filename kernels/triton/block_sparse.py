@@ -155,7 +155,7 @@ def block_sparse_forward(
     out_high = acc_high * inverse
     if COMBINE:
         tile = row // blocks_per_tile
-        # As a vector: Triton 3.9's interpreter turns a scalar comparison that it broadcasts into int64, which is no mask.
+        # As a vector: broadcast from a scalar, Triton 3.9's interpreter has an int64 there, which is no mask to it.
         has_tile = tile + tl.zeros([PANEL], tl.int64) < tiles
         coarse = COARSE + batch * stride_mb + head * stride_mh + tile * stride_mn + dim
         gate = GATE + batch * stride_gb + head * stride_gh + q_row[:, None] * stride_gs + dim[None, :]

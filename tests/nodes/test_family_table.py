@@ -158,7 +158,7 @@ def test_the_documentation_names_every_reason_for_which_calls_are_left_alone():
         assert f"`{reason}`" in text
 
 
-def test_audio_with_the_videos_heads_and_length_leaves_both_dense():
+def test_audio_with_the_videos_heads_and_length_leaves_both_dense(comfyui):
     from pack.nodes.families.ltx_video import LtxVideo
     net = SimpleNamespace(num_attention_heads=2, attention_head_dim=32, audio_num_attention_heads=2,
                           audio_attention_head_dim=32)
@@ -167,7 +167,7 @@ def test_audio_with_the_videos_heads_and_length_leaves_both_dense():
     assert call.thw == (3, 4, 6) and 72 in call.context_lengths
 
 
-def test_blocks_without_attention_under_spatio_temporal_guidance_are_skipped_in_the_count():
+def test_blocks_without_attention_under_spatio_temporal_guidance_are_skipped_in_the_count(comfyui):
     from pack.nodes.families.ltx_video import LtxVideo
     net, options = SimpleNamespace(transformer_blocks=[0] * 5), {"stg_self_attn_blocks": [1, 3]}
     assert [LtxVideo().layer(net, options, seen) for seen in range(4)] == [(0, 5), (2, 5), (4, 5), (None, 5)]
