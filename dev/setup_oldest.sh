@@ -16,7 +16,7 @@ echo "environment $venv: torch $torch, a minute or two the first time" >&2
 "$venv/bin/python" -c '' 2>/dev/null || "$python" -m venv --clear "$venv"
 install() { "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@" </dev/null; }
 
-install numpy einops 'safetensors>=0.4.2' pytest filelock typing-extensions sympy networkx jinja2 fsspec
+install numpy einops 'safetensors>=0.4.2' pytest hypothesis filelock typing-extensions sympy networkx jinja2 fsspec
 install --no-deps "torch==$torch"
 if [ "$(uname -sm)" = "Linux x86_64" ]; then
     install --no-deps nvidia-cuda-runtime-cu12==12.1.105 nvidia-cuda-cupti-cu12==12.1.105 nvidia-nvtx-cu12==12.1.105

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from ..spec import KernelSpec
-from .install import advice
+from .install import advice, too_old
 
 
 def _missing() -> str | None:
     # Asked in every call; looking through the search path takes longer than all the rest of a choice.
     if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
         return advice(torch.__version__)
-    return None
+    return too_old()
 
 
 def _load():

@@ -1,8 +1,10 @@
 """Which Triton belongs to which torch, and the sentence that tells a user how to get it. Imports neither."""
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
+from functools import cache
 
 OLDEST = (3, 2)
 """The oldest Triton that runs these kernels."""
@@ -27,7 +29,20 @@ def advice(torch_version: str, platform: str = sys.platform, python: str = sys.e
     if wanted is None:
         return f'{found}is newer than this pack. Try the newest: "{python}" -m pip install --upgrade {package}'
     if wanted < OLDEST:
-        return (f"{found}belongs to triton {wanted[0]}.{wanted[1]}, too old for this kernel: "
-                "install torch 2.6 or newer")
+        return f"{found}needs {wanted[0]}.{wanted[1]}, too old for this kernel: install torch 2.6 or newer"
     needed = f"{package}>={wanted[0]}.{wanted[1]},<{wanted[0]}.{wanted[1] + 1}"
     return f'{found}needs {wanted[0]}.{wanted[1]}. Install it with: "{python}" -m pip install "{needed}"'
+
+
+@cache
+def too_old() -> str | None:
+    """Why the Triton that is installed cannot run these kernels, or None. One that has no metadata may."""
+    for package in ("triton", "triton-windows"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(number) for number in re.match(r"(\d+)\.(\d+)", version).groups()) < OLDEST:
+            return f"{package} {version} is too old, needs {OLDEST[0]}.{OLDEST[1]}: install torch 2.6 or newer"
+        return None
+    return None

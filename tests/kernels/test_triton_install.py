@@ -1,11 +1,12 @@
 """What a user without Triton is told to install."""
+import importlib.metadata
 import re
 import sys
 
 import pytest
 import torch
 
-from pack.kernels.triton.install import OLDEST, TRITON_OF_TORCH, advice
+from pack.kernels.triton.install import OLDEST, TRITON_OF_TORCH, advice, too_old
 
 
 @pytest.mark.parametrize(("version", "platform", "package"), [
@@ -33,6 +34,21 @@ def test_a_system_without_triton_is_named():
     assert advice("2.9.0", "darwin") == "triton is not installed: there is none for this system (darwin)"
 
 
+@pytest.mark.parametrize(("installed", "refused"), [
+    ({"triton": "3.1.0"}, "triton 3.1.0 is too old, needs 3.2: install torch 2.6 or newer"),
+    ({"triton-windows": "3.1.0.post17"}, "triton-windows 3.1.0.post17 is too old, needs 3.2"),
+    ({"triton": "3.2.0"}, None), ({"triton-windows": "3.10.0"}, None), ({}, None)], ids=str)
+def test_an_installed_triton_that_is_too_old_is_named(monkeypatch, installed, refused):
+    def version(package):
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    told = too_old.__wrapped__()
+    assert told is None if refused is None else told.startswith(refused)
+
+
 def test_the_table_has_every_minor_version_in_order():
     torches, tritons = list(TRITON_OF_TORCH), list(TRITON_OF_TORCH.values())
     assert torches == [(2, minor) for minor in range(4, 4 + len(torches))]
@@ -40,7 +56,6 @@ def test_the_table_has_every_minor_version_in_order():
 
 
 def test_the_table_agrees_with_the_metadata_of_the_torch_that_is_installed():
-    import importlib.metadata
     asked = [line for line in importlib.metadata.requires("torch") or [] if re.match(r"triton\b", line)]
     if not asked:
         pytest.skip("this build of torch asks for no triton")
