@@ -33,9 +33,10 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
            "HMMA", "HGMMA")
-ATTENTION = {"bf16": ("", "lse", "gather", "gather combine lse"), "fp16": ("lse", "gather combine lse")}
-"""Variants of the attention kernel: with and without LSE, tokens in place, and the coarse branch in the epilogue.
-In fp16, whose code differs in the name of a type, only those that hold most."""
+ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"),
+             "fp16": ("lse", "gather lse", "gather combine lse")}
+"""Variants of the attention kernel: with and without LSE, tokens in place, and the coarse branch in the epilogue: all
+that `run` launches. In fp16, whose code differs in the name of a type, only those that hold most."""
 ROWS = (500, 1000, 2000, 4096)
 """Tiles to select from: one of every length that `select_tiles.py` compiles for."""
 

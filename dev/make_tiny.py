@@ -151,7 +151,7 @@ def fill(model, seed):
 def save(state_dict, path, transformer=None):
     import safetensors.torch
     metadata = {"config": json.dumps({"transformer": transformer})} if transformer else {"format": "pt"}
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # of this process: others may write the same
     safetensors.torch.save_file({k: v.contiguous() for k, v in state_dict.items()}, part, metadata=metadata)
     os.replace(part, path)   # a file under its own name is complete
 

@@ -160,7 +160,10 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
             fail(f"{name} in {x.dtype} on {x.device}", f"int32 on {q.device}")
 
 
-@torch.library.custom_op("video_sparse_attention::block_sparse_attention", mutates_args=())
+@torch.library.custom_op("video_sparse_attention::block_sparse_attention", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor block_sizes, float scale, str backend, "
+    "bool return_lse, Tensor? token_rows=None, Tensor? gate=None, Tensor? coarse=None, SymInt blocks_per_tile=1, "
+    "SymInt[]? tile_grid=None) -> (Tensor, Tensor)"))
 def _block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     block_sizes: torch.Tensor, scale: float, backend: str, return_lse: bool,

@@ -100,7 +100,8 @@ def _run(table, call, backend, exclude, operands):
             exclude = {**exclude, spec.name: str(error)}
 
 
-@torch.library.custom_op("video_sparse_attention::tile_means", mutates_args=())
+@torch.library.custom_op("video_sparse_attention::tile_means", mutates_args=(), schema=(
+    "(Tensor[] parts, Tensor token_rows, SymInt tiles, SymInt blocks_per_tile, str backend) -> Tensor"))
 def _tile_means(parts: list[Tensor], token_rows: Tensor, tiles: int, blocks_per_tile: int, backend: str) -> Tensor:
     return _run(MEANS_KERNELS, Call.of(parts[0]), backend, {}, (parts, token_rows, tiles, blocks_per_tile))
 
@@ -112,7 +113,9 @@ def _(parts, token_rows, tiles, blocks_per_tile, backend):
     return parts[0].new_empty((len(parts), batch, heads, tiles, dim), dtype=dtype)
 
 
-@torch.library.custom_op("video_sparse_attention::select_tiles", mutates_args=())
+@torch.library.custom_op("video_sparse_attention::select_tiles", mutates_args=(), schema=(
+    "(Tensor query_means, Tensor key_means, SymInt k, float scale, SymInt blocks_per_tile, SymInt always, str backend) "
+    "-> Tensor"))
 def _select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, blocks_per_tile: int, always: int,
                   backend: str) -> Tensor:
     keys = key_means.shape[2]

@@ -10,6 +10,7 @@ import torch
 
 from .. import gathered, tile_grid
 from ..spec import KernelSpec
+from .install import advice, too_old
 
 HERE = Path(__file__).parent
 
@@ -17,8 +18,8 @@ HERE = Path(__file__).parent
 def _missing() -> str | None:
     # Asked in every call; looking through the search path takes longer than all the rest of a choice.
     if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton, on Windows triton-windows)"
-    return None
+        return advice(torch.__version__)
+    return too_old()
 
 
 def _load():

@@ -155,14 +155,15 @@ def block_sparse_forward(
     out_high = acc_high * inverse
     if COMBINE:
         tile = row // blocks_per_tile
-        has_tile = tile < tiles
+        # As a vector: broadcast from a scalar, Triton 3.9's interpreter has an int64 there, which is no mask to it.
+        has_tile = tile + tl.zeros([PANEL], tl.int64) < tiles
         coarse = COARSE + batch * stride_mb + head * stride_mh + tile * stride_mn + dim
         gate = GATE + batch * stride_gb + head * stride_gh + q_row[:, None] * stride_gs + dim[None, :]
         mean_low = tl.load(coarse, mask=has_tile, other=0.0)
-        out_low += tl.load(gate, mask=is_row[:, None] & has_tile, other=0.0).to(tl.float32) * mean_low[None, :]
+        out_low += tl.load(gate, mask=is_row[:, None] & has_tile[None, :], other=0.0).to(tl.float32) * mean_low[None, :]
         if D > PANEL:
             mean_high = tl.load(coarse + PANEL, mask=has_tile, other=0.0)
-            gate_high = tl.load(gate + PANEL, mask=is_row[:, None] & has_tile, other=0.0)
+            gate_high = tl.load(gate + PANEL, mask=is_row[:, None] & has_tile[None, :], other=0.0)
             out_high += gate_high.to(tl.float32) * mean_high[None, :]
 
     if GATHER:

@@ -168,7 +168,7 @@ def test_the_documentation_names_every_reason_for_which_calls_are_left_alone():
         assert f"`{reason}`" in text
 
 
-def test_audio_with_the_videos_heads_and_length_leaves_both_dense():
+def test_audio_with_the_videos_heads_and_length_leaves_both_dense(comfyui):
     from pack.nodes.families.ltx_video import LtxVideo
     net = SimpleNamespace(num_attention_heads=2, attention_head_dim=32, audio_num_attention_heads=2,
                           audio_attention_head_dim=32)

@@ -197,8 +197,8 @@ def test_another_softmax_scale_runs_dense(wan, vsa):
 
 def test_head_dim_96_runs_on_the_reference_and_is_refused_by_triton(wan, vsa):
     from pack.kernels import Call, explain_kernels
-    assert explain_kernels(Call("cuda", (8, 9), torch.bfloat16, 96))["triton"] in (
-        "head_dim 96 not in (64, 128)", "triton is not installed (pip install triton, on Windows triton-windows)")
+    refused = explain_kernels(Call("cuda", (8, 9), torch.bfloat16, 96))["triton"]
+    assert refused == "head_dim 96 not in (64, 128)" or refused.startswith("triton is not installed")
     x = heads_in_rows(120, dim=96)
     assert Attention(vsa(wan, 0.5), wan.model.diffusion_model)(x, x, x, 2).sparse_calls == 1
 

@@ -6,7 +6,6 @@ import torch
 from einops import rearrange
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from oracles import dense_attention_oracle, relative_l2_per_tile
 from pack.vsa_core.backends.sliding_tile_attn import (
@@ -103,6 +102,7 @@ def test_a_window_of_the_whole_grid_is_dense_attention(window, text):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("thw, tile, text", [((6, 8, 12), (2, 4, 4), 0), ((5, 9, 7), (2, 3, 2), 13)], ids=str)
 def test_output_is_flex_attentions_with_upstreams_mask(thw, tile, text):
+    flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="FlexAttention came with torch 2.5")
     windows = torch.tensor([(1, 1, 3), (3, 2, 1), (2, 4, 4), (1, 3, 1)])
     video = prod(thw)
     q, k, v = random_inputs(video + text, heads=4, dim=16, batch=2)
@@ -118,7 +118,7 @@ def test_output_is_flex_attentions_with_upstreams_mask(thw, tile, text):
             inside = inside & ((centre - axis[a][kv_idx]).abs() <= half)
         return inside | (q_idx >= video) | (kv_idx >= video)
 
-    wanted = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=create_block_mask(
+    wanted = flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=flex.create_block_mask(
         mask, None, 4, video + text, video + text, device="cpu", BLOCK_SIZE=32)).transpose(1, 2)
     md = metadata(thw, [[windows.tolist()]], tile, suffix=text).at(0, layer=0)
     errors = relative_l2_per_tile(attention(q, k, v, md), wanted, thw, tile, suffix=text)

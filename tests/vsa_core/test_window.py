@@ -56,12 +56,13 @@ def test_a_fraction_gives_the_smallest_window_that_covers_it(share, tiles, windo
     assert window_of_share(share, tiles) == window
 
 
+@settings(deadline=None)
 @given(tiles=st.tuples(*[st.integers(1, 400)] * 3), window=st.tuples(*[st.integers(1, 450)] * 3))
 def test_a_window_as_fractions_gives_the_window_back(tiles, window):
     assert window_of_share(share_of_window(window, tiles), tiles) == effective_window(window, tiles)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(share=st.tuples(*[st.floats(1e-6, 1.0)] * 3), tiles=st.tuples(*[st.integers(1, 60)] * 3))
 def test_a_window_of_a_fraction_covers_it_and_the_next_smaller_one_does_not(share, tiles):
     for part, n, width in zip(share, tiles, window_of_share(share, tiles)):

@@ -46,9 +46,10 @@ class SDPAImpl(AttentionImpl[SDPAMetadata]):
         """[B, Sq, H, D], [B, Skv, H or num_kv_heads, D] twice -> [B, Sq, H, D]"""
         mask = None if attn_metadata is None else attn_metadata.attn_mask
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if query.shape[1] != key.shape[1]:      # torch does this itself from 2.5 on, asked with enable_gqa
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1])
+            query, key, value, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.softmax_scale)
         return out.transpose(1, 2)
 
 
