@@ -44,9 +44,10 @@ class STAStrategySearch(io.ComfyNode):
             search_aliases=["STA", "mask search", "calibrate sparse attention"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
+                io.Model.Input("model", tooltip="As in your sampler: the strategy is measured on this very model, with "
+                                                "its LoRAs and sampling shift."),
+                io.Conditioning.Input("positive", tooltip="As in your sampler: the prompt that the search samples."),
+                io.Conditioning.Input("negative", tooltip="As in your sampler. Unused at cfg 1."),
                 io.Latent.Input("latent_image", tooltip="The clip's size. The strategy fits other sizes too."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
                              tooltip="The noise that the search samples from."),
@@ -69,14 +70,14 @@ class STAStrategySearch(io.ComfyNode):
                                        "Smaller keeps more; 0 keeps everything."),
                 io.Float.Input("max_density", default=0.3, min=0.01, max=1.0, step=0.01,
                                tooltip="For the second goal: share of query-key pairs, averaged over everything."),
-                io.String.Input("candidates", default=AUTO_CANDIDATES, advanced=True,
+                io.String.Input("candidates", default=AUTO_CANDIDATES, optional=True, advanced=True,
                                 tooltip="Windows to try, separated by spaces or semicolons, in tiles (3x3x5) or as "
                                         "fractions of the clip (1.0x0.5x0.3). auto: eight shapes, long in time, "
                                         "wide, tall, and small cubes."),
-                io.Combo.Input("tile_size", options=list(TILE_SIZES), default=AUTO_TILE, advanced=True,
+                io.Combo.Input("tile_size", options=list(TILE_SIZES), default=AUTO_TILE, optional=True, advanced=True,
                                tooltip="As in Sliding Tile Attention."),
                 io.Combo.Input("backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)],
-                               default=kernels.AUTO, advanced=True,
+                               default=kernels.AUTO, optional=True, advanced=True,
                                tooltip="The kernel that the candidates are measured with."),
             ],
             outputs=[StrategyType.Output("strategy"), io.String.Output("report"), io.Image.Output("map")],

@@ -23,12 +23,12 @@ class VSAGatesAttach(io.ComfyNode):
                 "loader, a merge. Only the gates are read. Takes the gates of a LoRA too, such as FastH3's."),
             search_aliases=["VSA gates", "to_gate_compress", "FastWan gates", "gate LoRA"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The video model, from any loader, that the gates belong to."),
                 io.Combo.Input(
                     "gates", options=gate_file_names(),
                     tooltip="The file or diffusers folder that the model was made from, or a LoRA with gate keys."),
                 io.Float.Input(
-                    "strength", default=1.0, min=-10.0, max=10.0, step=0.01, advanced=True,
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.01, optional=True, advanced=True,
                     tooltip="For a LoRA that changes gates the model has already. Use the strength of the LoRA loader. "
                             "Whole gates are always taken whole."),
             ],
