@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..hook.hook import SparseAttentionHook
 from .gate_files import with_gates
 from .gates import gates_of
-from .model_files import gate_file_names, model_path
+from .model_files import gate_file_names, gate_file_path
 
 
 class VSAGatesAttach(io.ComfyNode):
@@ -39,7 +39,7 @@ class VSAGatesAttach(io.ComfyNode):
     @classmethod
     def execute(cls, model, gates, strength=1.0) -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
-        clone = with_gates(model, model_path(gates), strength, node_id)
+        clone = with_gates(model, gate_file_path(gates), strength, node_id)
         for hook in SparseAttentionHook.of(clone):
             if hasattr(hook.method, "gates"):
                 method = replace(hook.method, gates=gates_of(clone))
