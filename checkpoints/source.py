@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .folder import files_of_model, indexes_of, read_json, set_of, transformer_folder
 from .safetensors_file import CheckpointError, Header, TensorInfo, read_header
+from .trained import METADATA_KEY
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a safetensors file, one file of a sharded set, or a folder with either.
 
-    Of a diffusers pipeline the folder `transformer` is taken. Reads headers only.
+    Of a diffusers pipeline the folder `transformer` is taken. Reads headers only, and what a saved model says of its
+    training.
     Raises CheckpointError: nothing there, a shard missing, a tensor in two files, a file that is none.
     """
     path = Path(path)
@@ -51,6 +53,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for file, header in zip(files, map(read_header, files), strict=True):
         _merge(tensors, file, header)
         metadata.update(header.metadata)
+    if METADATA_KEY in tensors:
+        metadata.setdefault(METADATA_KEY, _text_of(tensors.pop(METADATA_KEY)))
     _check_index(files, tensors)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
@@ -83,6 +87,16 @@ def _check_index(files: tuple[Path, ...], tensors: dict[str, Place]) -> None:
         if missing:
             raise CheckpointError(f"{files[0].parent} lacks {len(missing)} tensors that its index names, such as "
                                   f"{missing[0]}. Download the shards again")
+
+
+def _text_of(place: Place) -> str:
+    """What a small tensor of bytes says, which stands for metadata in files that ComfyUI's Save nodes wrote."""
+    if place.info.dtype != "U8" or place.info.numel > 1 << 16:
+        raise CheckpointError(f"{place.file}: found {METADATA_KEY} of {place.info.numel} {place.info.dtype}, wanted up "
+                              f"to {1 << 16} U8")
+    with open(place.file, "rb") as file:
+        file.seek(place.info.start)
+        return file.read(place.info.numel).decode(errors="replace")
 
 
 def _config(folder: Path) -> tuple[dict, str]:

@@ -185,6 +185,21 @@ def test_prompts_that_an_earlier_version_stored_run(server, object_info, least):
                 assert run["dense_calls"] if least else run["sparse_calls"], path.name
 
 
+def test_a_gated_model_is_saved_with_its_gates_and_listed(server):
+    from pack.checkpoints.describe import describe
+    from pack.checkpoints.plan import plan_of
+    from pack.checkpoints.source import open_checkpoint
+    server.run({
+        "1": {"class_type": "SparseDiffusionModelLoader", "inputs": {"model_name": "tiny_wan_vsa.safetensors"}},
+        "2": {"class_type": "VideoSparseAttentionPatch", "inputs": {
+            "model": ["1", 0], "sparsity": 0.8, "tile_size": "auto", "backend": "auto", "start_percent": 0.0}},
+        "3": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "diffusion_models/gated"}}})
+    saved = server.base / "output" / "diffusion_models" / "gated_00001_.safetensors"
+    assert "VSA gates in 2 of 2 layers" in describe(plan_of(open_checkpoint(saved)))
+    listed = server.get("/object_info/SparseDiffusionModelLoader")[1]["SparseDiffusionModelLoader"]["input"]
+    assert saved.name in json.dumps(listed["required"]["model_name"])
+
+
 def test_the_manifest_is_complete_for_registry_and_manager():
     import tomllib
     manifest = tomllib.loads((ROOT / "pyproject.toml").read_text())

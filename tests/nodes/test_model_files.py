@@ -3,7 +3,6 @@ import json
 import shutil
 
 import pytest
-import safetensors.torch
 import torch
 
 import make_checkpoints
@@ -20,11 +19,6 @@ def folders(comfyui, tmp_path, monkeypatch):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], extensions))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def state(gate_file):
-    return safetensors.torch.load_file(gate_file)
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """The loader in a real ComfyUI: one model however it is published, as ComfyUI itself would load it, with its gates."""
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 import make_checkpoints
@@ -19,24 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def relative_l2(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
-
-
-@pytest.fixture(scope="session")
-def state(gate_file):
-    return safetensors.torch.load_file(gate_file)
-
-
-@pytest.fixture
-def write(state, tmp_path):
-    return lambda kind, changed=None: make_checkpoints.write(kind, changed or state, tmp_path)
-
-
-@pytest.fixture
-def load(comfyui):
-    """load(path, weight_dtype) -> (model, description), as the node loads it: ComfyUI executes in inference mode."""
-    from pack.nodes.trained.load_sparse_diffusion_model import WEIGHT_DTYPES
-    from pack.nodes.trained.sparse_model import load_sparse_model
-    return torch.inference_mode()(lambda path, dtype="default": load_sparse_model(path, dict(WEIGHT_DTYPES[dtype])))
 
 
 @pytest.fixture
@@ -86,26 +66,6 @@ def test_other_models_load_as_comfyui_loads_them(load, load_tiny, tiny, draw, na
     model, _ = load(tiny(name))
     grid = SAMPLED[kind_of(model)][1]
     assert torch.equal(draw(model, grid), draw(load_tiny(name), grid))
-
-
-@pytest.mark.parametrize("name", ["tiny_hunyuan_video15", "tiny_cogvideox", "tiny_kandinsky5", "tiny_wan_t2v"])
-@pytest.mark.parametrize("config", [{"_class_name": "SomeTransformer3DModel", "num_attention_heads": 7, "text_dim": 1},
-                                    {"architectures": ["T5EncoderModel"]}], ids=["its own", "another model's"])
-def test_a_config_beside_native_weights_changes_nothing(load, load_tiny, tiny, draw, tmp_path, name, config):
-    from sampling import KINDS as SAMPLED
-    from sampling import kind_of
-    shutil.copy(tiny(name), tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    wanted = load_tiny(name)
-    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
-        model, description = load(path)
-        grid = SAMPLED[kind_of(model)][1]
-        assert torch.equal(draw(model, grid), draw(wanted, grid)) and "left out" not in description
-
-
-def test_capitals_in_the_extension_change_nothing(load, tiny, wan, draw, tmp_path):
-    shutil.copy(tiny("tiny_wan_t2v"), tmp_path / "Wan.SAFETENSORS")
-    assert torch.equal(draw(load(tmp_path / "Wan.SAFETENSORS")[0], GRID), draw(wan, GRID))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -267,50 +227,3 @@ def test_every_byte_of_the_weights_is_mapped_once(load, write, monkeypatch):
     monkeypatch.setattr(weights, "MappedFile", Counting)
     load(write("sharded with index"))
     assert len(opened) == len(set(opened)) > 50
-
-
-class TestBadInput:
-    def test_no_model_of_comfyuis(self, load, tmp_path):
-        save({"strange.weight": torch.ones(4, 4)}, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match="holds a model that this ComfyUI does not know: found names such as st"):
-            load(tmp_path / "x.safetensors")
-
-    @pytest.mark.parametrize("names", [
-        ("transformer_blocks.0.attn1.to_q.weight", "time_embed.emb.timestep_embedder.linear_1.weight"),
-        ("transformer_blocks.0.attn.to_q.weight", "context_embedder.weight"),
-        ("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"), ("x_embedder.weight", "x_embedder.bias")])
-    def test_a_diffusers_model_that_comfyui_does_not_know(self, load, tmp_path, names):
-        save({name: torch.ones(8, 8) for name in names}, tmp_path / "diffusion_pytorch_model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps({"_class_name": "LTXVideoTransformer3DModel"}))
-        with pytest.raises(ValueError, match="is a diffusers model .LTXVideoTransformer3DModel.: of those, only Wan"):
-            load(tmp_path)
-
-    def test_metadata_that_are_no_object(self, load, tmp_path):
-        raw = json.dumps({"__metadata__": [], "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-        (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 4)
-        with pytest.raises(ValueError, match="__metadata__ is a JSON list, wanted an object of texts"):
-            load(tmp_path / "x.safetensors")
-
-    def test_a_truncated_file(self, load, write):
-        path = write("native file")
-        path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(ValueError, match="is cut short: .* Download it again"):
-            load(path)
-
-    def test_a_missing_shard(self, load, write):
-        folder = write("sharded without index")
-        next(folder.glob("*-00002-of-*")).unlink()
-        with pytest.raises(ValueError, match="lacks diffusion_pytorch_model-00002-of-00003.safetensors"):
-            load(folder)
-
-    def test_a_lora(self, load, tmp_path):
-        save({f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},
-             tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match="is a LoRA: wanted a whole model"):
-            load(tmp_path / "x.safetensors")
-
-    def test_gates_for_some_layers(self, load, state, tmp_path):
-        save({name: value for name, value in state.items() if "1.to_gate" not in name}, tmp_path / "x.safetensors",
-             {"text_dim": TEXT_DIM})
-        with pytest.raises(ValueError, match="gates for 1 of 2 layers"):
-            load(tmp_path / "x.safetensors")
