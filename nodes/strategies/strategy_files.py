@@ -119,16 +119,21 @@ class SaveSTAStrategy(io.ComfyNode):
         root = os.path.join(folder_paths.get_output_directory(), FOLDER)
         os.makedirs(root, exist_ok=True)
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = unused(Path(folder), name, counter)
+        path = unused(Path(folder), name, counter, Path(root))
         save_strategy(strategy, path, parse_tiles(grid_tiles))
         text = f"saved {path.name}: {describe(strategy)}"
         return io.NodeOutput(str(path), ui={"text": [text]})
 
 
-def unused(folder: Path, name: str, counter: int) -> Path:
-    """The first of name_00001_.json, name_00002_.json, ... from `counter` on that is not there yet."""
+def unused(folder: Path, name: str, counter: int, root: Path) -> Path:
+    """The first of name_00001_.json, name_00002_.json, ... from `counter` on that no strategy folder has yet.
+
+    folder: below `root`, the strategy folder that is written to; what another has would be loaded in its place.
+    """
+    register_folders()
+    folders = [Path(other) / folder.relative_to(root) for other in folder_paths.get_folder_paths(FOLDER)]
     # ComfyUI before 0.21 counts by the trailing underscore, which earlier versions of this pack did not write.
-    while any((folder / f"{name}_{counter:05}{end}").exists() for end in ("_.json", ".json")):
+    while any((other / f"{name}_{counter:05}{end}").exists() for other in folders for end in ("_.json", ".json")):
         counter += 1
     return folder / f"{name}_{counter:05}_.json"
 

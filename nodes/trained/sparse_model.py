@@ -29,7 +29,7 @@ def load_sparse_model(path: Path, model_options: dict, node_id: str | None = Non
     plan = plan_of(open_checkpoint(path))
     model = _load(plan, model_options)
     if plan.gates:
-        model = with_gates(model, path, node_id=node_id)
+        model = with_gates(model, path, node_id=node_id, trained=plan.trained)
     return model, describe(plan, type(model.model).__name__)
 
 

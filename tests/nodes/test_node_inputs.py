@@ -135,12 +135,18 @@ def test_saved_strategies_are_counted_up_whatever_the_host_counts(comfyui, tmp_p
 
     from pack.nodes.strategies.strategy_files import SaveSTAStrategy
     from pack.vsa_core.strategy import Strategy
+    ours, models = tmp_path / "sta_strategies", tmp_path / "models"
+    (models / "sub").mkdir(parents=True)
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "sta_strategies", ([str(models), str(ours)], {".json"}))
     strategy = Strategy.of_windows([[[(1, 1, 1), (2, 2, 2)]]], (2, 2, 2))
-    names = [Path(SaveSTAStrategy.execute(strategy, "kept")[0]).name for _ in range(3)]
-    assert names == ["kept_00001_.json", "kept_00002_.json", "kept_00003_.json"]
-    (tmp_path / "sta_strategies" / "kept_00004.json").write_text("from an earlier version")
+
+    def saved(prefix):
+        return Path(SaveSTAStrategy.execute(strategy, prefix)[0]).name
+    assert [saved("kept") for _ in range(3)] == ["kept_00001_.json", "kept_00002_.json", "kept_00003_.json"]
+    (models / "sub" / "other_00001_.json").write_text("would be loaded in place of ours")
+    assert saved("sub/other") == "other_00002_.json"
+    (ours / "kept_00004.json").write_text("from an earlier version")
     monkeypatch.setattr(folder_paths, "get_save_image_path", lambda prefix, root, *_: (root, prefix, 1, "", prefix))
-    assert Path(SaveSTAStrategy.execute(strategy, "kept")[0]).name == "kept_00005_.json"
-    assert (tmp_path / "sta_strategies" / "kept_00004.json").read_text() == "from an earlier version"
-    assert Path(SaveSTAStrategy.execute(strategy, "other")[0]).name == "other_00001_.json"
+    assert saved("kept") == "kept_00005_.json"
+    assert (ours / "kept_00004.json").read_text() == "from an earlier version"
