@@ -70,7 +70,7 @@ def convert(source: Path, target: Path, force: bool = False, progress=lambda don
     plan, target = plan_of(open_checkpoint(source)), Path(target)
     if not plan.layers:
         raise CheckpointError(f"{source}: found a model that is neither Wan nor MiniMax H3")
-    if target.suffix != ".safetensors":
+    if target.suffix.lower() != ".safetensors":
         raise CheckpointError(f"{target}: wanted a name that ends in .safetensors")
     _refuse_existing(target, force)
     header, order = native_header(plan)
@@ -87,7 +87,7 @@ def convert(source: Path, target: Path, force: bool = False, progress=lambda don
     except BaseException:
         os.unlink(part)
         raise
-    target.with_name(target.name + ".sha256").write_text(f"{digest}  {target.name}\n")
+    target.with_name(target.name + ".sha256").write_text(f"{digest}  {target.name}\n", encoding="utf-8")
     return digest
 
 

@@ -24,6 +24,8 @@ def describe(plan: Plan, model_class: str = "") -> str:
     files = len(plan.checkpoint.files)
     lines = [f"{family}{built}, {count} weights, {weights.most_common(1)[0][0]}, {plan.naming} names, "
              f"{files} file{'s' if files > 1 else ''}"]
+    if plan.checkpoint.remark:
+        lines.append(plan.checkpoint.remark)
     if plan.per_head_gates:
         lines.append("to_gate_compress in this file is no VSA gate; it was left to ComfyUI")
     if not plan.gates:

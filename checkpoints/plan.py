@@ -45,25 +45,45 @@ class Plan:
         """What is known of the VSA training, None for a model without gates."""
         if not self.gates:
             return None
-        path, config = self.checkpoint.path, self.checkpoint.config
-        return trained_facts(self.checkpoint.metadata, (*path.parts[-3:], str(config.get("_name_or_path", ""))))
+        named = str(self._config.get("_name_or_path", ""))
+        return trained_facts(self.checkpoint.metadata, (*self.checkpoint.path.parts[-3:], named))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata for ComfyUI's detection: the file's own, and what only a diffusers config knows."""
-        config = self.checkpoint.config
-        if self.family != WAN or not config or "config" in self.checkpoint.metadata:
+        """Metadata for ComfyUI's detection: the file's own, and what it cannot see in a diffusers model's tensors."""
+        if self.family != WAN or self.naming == "native" or "config" in self.checkpoint.metadata:
             return dict(self.checkpoint.metadata)
-        told = {"text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps", "num_attention_heads": "num_heads"}
-        transformer = {ours: config[theirs] for theirs, ours in told.items() if config.get(theirs) is not None}
-        return {**self.checkpoint.metadata, "config": json.dumps({"transformer": transformer})}
+        places = {native: self.checkpoint.tensors[name].info.shape for name, native in self.names.items()}
+        seen = {ours: places[name][1] for ours, name in (("text_dim", "text_embedding.0.weight"),
+                                                         ("freq_dim", "time_embedding.0.weight")) if name in places}
+        told = {"eps": "eps", "num_attention_heads": "num_heads"}
+        seen.update({ours: self._config[theirs] for theirs, ours in told.items() if self._config.get(theirs)})
+        return {**self.checkpoint.metadata, "config": json.dumps({"transformer": seen})}
+
+    @property
+    def _config(self) -> dict:
+        """config.json where it describes these tensors, else empty: a folder may hold another model's."""
+        config = self.checkpoint.config
+        heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+        fits = self.naming != "native" and isinstance(heads, int) and isinstance(size, int)
+        return config if fits and heads * size == self.width else {}
+
+    @property
+    def refusal(self) -> str:
+        """Why a model that ComfyUI does not know cannot be loaded."""
+        name = self.checkpoint.config.get("_class_name")
+        if self.family == OTHER and (name or "condition_embedder" in str(self.names)):
+            return f"{self.checkpoint.path} is a diffusers model ({name}): of those, only Wan is known here"
+        return (f"{self.checkpoint.path} holds a model that this ComfyUI does not know: found names such as "
+                f"{next(iter(self.names))}")
 
 
 def plan_of(checkpoint: Checkpoint) -> Plan:
     """The plan for a whole model.
 
-    Raises CheckpointError for a LoRA, a diffusers model that is not Wan, tensors without a place, blocks that lack
-    tensors, and VSA gates of wrong shapes or for some layers only.
+    What the tensors say wins over a config.json beside them.
+    Raises CheckpointError for a LoRA, tensors without a place, blocks that lack tensors, and VSA gates of wrong shapes
+    or for some layers only.
     """
     shapes = {without_prefix(name): place.info.shape for name, place in checkpoint.tensors.items()}
     plain = {name: without_prefix(name) for name in checkpoint.tensors}
@@ -86,9 +106,6 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
         inner, width = shapes["blocks.0.attn.qkv_proj.weight"][:2]
         wanted = (inner // 3, width)
     else:
-        if "_class_name" in checkpoint.config or naming != "native" and "condition_embedder" in str(names):
-            raise CheckpointError(f"{checkpoint.path} is a diffusers model ({checkpoint.config.get('_class_name')}): "
-                                  "of those, only Wan is known here")
         return Plan(checkpoint, OTHER, naming, plain, {}, 0, 0, per_head_gates=bool(gates))
     if gates:
         weights = {layer: checkpoint.tensors[parts["weight"]].info.shape

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
 DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
 OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a PyTorch file (.pt, .pth or .ckpt)",
                  b"\x80\x02": "a pickle file", b"<!DO": "a web page", b"vers": "a Git LFS pointer, not the weights"}
@@ -64,14 +65,26 @@ def read_header(path: Path) -> Header:
                               "Download it again")
     try:
         content = json.loads(raw)
-        metadata = content.pop("__metadata__", None) or {}
-        tensors = {name: TensorInfo(entry["dtype"], tuple(entry["shape"]),
-                                    *(8 + length + offset for offset in entry["data_offsets"]))
-                   for name, entry in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        metadata = content.pop("__metadata__", None)
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be read") from None
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} is damaged: its __metadata__ is a JSON {type(metadata).__name__}, wanted an "
+                              "object of texts. Save or download it again")
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     _check_sizes(path, tensors, size, 8 + length)
     return Header(tensors, metadata)
+
+
+def _tensor(entry: dict, first: int) -> TensorInfo:
+    """An entry of a header whose data begin at byte `first`. Raises KeyError, TypeError or ValueError for none."""
+    start, end = map(operator.index, entry["data_offsets"])
+    shape = tuple(map(operator.index, entry["shape"]))
+    if not isinstance(entry["dtype"], str) or any(side < 0 for side in shape) or not 0 <= start <= end:
+        raise ValueError(entry)
+    return TensorInfo(entry["dtype"], shape, first + start, first + end)
 
 
 def _check_sizes(path: Path, tensors: dict[str, TensorInfo], size: int, first: int) -> None:

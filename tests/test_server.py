@@ -38,15 +38,14 @@ def api_graph():
     return graph
 
 
-def test_every_node_is_listed_with_a_category_a_tooltip_per_widget_and_a_help_page(server, object_info):
+def test_every_node_is_listed_with_a_category_a_tooltip_per_input_and_a_help_page(server, object_info):
     from pack.nodes import NODES
     for node in NODES:
         schema = node.define_schema()
         info = object_info[schema.node_id]
         assert info["python_module"] == f"custom_nodes.{PACK}" and info["description"]
-        sockets = ("MODEL", "LATENT", "CONDITIONING", "STA_STRATEGY")
-        widgets = {name: spec for name, spec in info["input"]["required"].items() if spec[0] not in sockets}
-        assert all(spec[1].get("tooltip") for spec in widgets.values()), schema.node_id
+        inputs = [spec for part in ("required", "optional") for spec in info["input"].get(part, {}).values()]
+        assert len(inputs) == len(schema.inputs) and all(spec[1].get("tooltip") for spec in inputs), schema.node_id
         status, page = server.get(f"/extensions/{PACK}/docs/{schema.node_id}.md")
         assert status == 200 and page.startswith(f"# {schema.display_name}")
 
@@ -181,6 +180,38 @@ def test_a_strategy_is_searched_saved_listed_loaded_and_run_in_the_server(server
         "latent": ["sample", 0], "model": ["sta", 0]}}
     run = server.run(graph)["outputs"]["report"]["sparse_attention"][0]
     assert run["method"] == "STA" and run["sparse_calls"] > 0 and run["density"] <= 0.5
+
+
+@pytest.mark.parametrize("least", [False, True], ids=["as it was stored", "with required inputs only"])
+def test_prompts_that_an_earlier_version_stored_run(server, object_info, least):
+    """In the order of this list: the second saves the strategy that the third loads."""
+    stored = [ROOT / "tests" / "prompts" / f"0_1_0_{name}.json" for name in ("vsa_gates", "sta_search", "sta_strategy")]
+    assert set(stored) == set((ROOT / "tests" / "prompts").glob("*.json"))
+    for path in stored:
+        prompt = json.loads(path.read_text())
+        for node in prompt.values():
+            if least and object_info[node["class_type"]]["python_module"].endswith(PACK):
+                required = object_info[node["class_type"]]["input"]["required"]
+                node["inputs"] = {name: value for name, value in node["inputs"].items()
+                                  if name in required or isinstance(value, list)}
+        for output in server.run(prompt)["outputs"].values():
+            for run in output.get("sparse_attention", ()):
+                assert run["dense_calls"] if least else run["sparse_calls"], path.name
+
+
+def test_a_gated_model_is_saved_with_its_gates_and_listed(server):
+    from pack.checkpoints.describe import describe
+    from pack.checkpoints.plan import plan_of
+    from pack.checkpoints.source import open_checkpoint
+    server.run({
+        "1": {"class_type": "SparseDiffusionModelLoader", "inputs": {"model_name": "tiny_wan_vsa.safetensors"}},
+        "2": {"class_type": "VideoSparseAttentionPatch", "inputs": {
+            "model": ["1", 0], "sparsity": 0.8, "tile_size": "auto", "backend": "auto", "start_percent": 0.0}},
+        "3": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "diffusion_models/gated"}}})
+    saved = server.base / "output" / "diffusion_models" / "gated_00001_.safetensors"
+    assert "VSA gates in 2 of 2 layers" in describe(plan_of(open_checkpoint(saved)))
+    listed = server.get("/object_info/SparseDiffusionModelLoader")[1]["SparseDiffusionModelLoader"]["input"]
+    assert saved.name in json.dumps(listed["required"]["model_name"])
 
 
 def test_the_manifest_is_complete_for_registry_and_manager():

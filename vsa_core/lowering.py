@@ -17,6 +17,8 @@ def attend_lists(
     indices: int32 [B, H, Nq, K], counts: int32 [B, H, Nq], for the Nq blocks of video slots, as a kernel wants them.
     backend: the kernel, as in `kernels.block_sparse_attention`, whose errors these are.
     """
+    query, key, value = readable(query, key, value)
+
     def attend(q, indices, counts):
         return block_sparse_attention(q, key, value, indices, counts, layout.kernel_block_sizes,
                                       scale=scale, backend=backend)
@@ -42,6 +44,11 @@ def attend_lists_in_sequence(
     return block_sparse_attention(query, key, value, indices, counts, layout.kernel_block_sizes, scale=scale,
                                   backend=backend, token_rows=layout.token_rows, gate=gate, coarse=coarse,
                                   blocks_per_tile=layout.blocks_per_tile, tile_grid=layout.tile_grid)
+
+
+def readable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as every kernel reads them: one whose last dimension is not contiguous is copied, others are not."""
+    return tuple(x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def dense_lists(batch: int, heads: int, rows: int, layout: TileLayout) -> tuple[Tensor, Tensor]:

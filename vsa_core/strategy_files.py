@@ -24,7 +24,7 @@ _ENTRY = re.compile(r"(0|[1-9]\d{0,6})_(0|[1-9]\d{0,6})_(0|[1-9]\d{0,6})")
 def load_strategy(path: str | os.PathLike, tiles: Thw | None = None) -> Strategy:
     """`parse_strategy` of a file, whose name is in the errors."""
     try:
-        return parse_strategy(Path(path).read_text(encoding="utf-8"), tiles)
+        return parse_strategy(Path(path).read_text(encoding="utf-8-sig"), tiles)
     except ValueError as error:
         raise ValueError(f"{Path(path).name}: {error}") from error
 

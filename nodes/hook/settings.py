@@ -24,7 +24,11 @@ class Settings:
 
 
 def settings_inputs() -> list:
-    """The shared widgets, in their order. `read_settings` takes them by the same names."""
+    """The shared widgets, in their order. `read_settings` takes them by the same names.
+
+    Advanced ones are optional, and so is whatever is appended: a prompt that was saved before it existed still runs.
+    The page shows optional widgets behind required ones, so no required one may follow.
+    """
     return [
         io.Combo.Input(
             "backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)], default=kernels.AUTO,
@@ -35,21 +39,21 @@ def settings_inputs() -> list:
             tooltip="Part of the denoising that stays dense at the start, where the composition forms. "
                     "Lower is faster. 0 for checkpoints that were trained with sparse attention."),
         io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
             tooltip="From here to the end attention is dense again. Below 1 it can calm flicker, at a cost."),
         io.String.Input(
-            "dense_blocks", default="", advanced=True,
+            "dense_blocks", default="", optional=True, advanced=True,
             tooltip="Transformer blocks that stay dense, such as: 0, 1, 38-39, -1. The first and last are "
                     "the most sensitive. Each dense block costs its share of the speed-up."),
         io.Int.Input(
-            "min_tokens", default=DEFAULT_MIN_TOKENS, min=0, max=1 << 24, advanced=True,
+            "min_tokens", default=DEFAULT_MIN_TOKENS, min=0, max=1 << 24, optional=True, advanced=True,
             tooltip="Clips with fewer tokens run dense: there is little to gain on them. 480p of 33 frames "
                     "has about 14000 tokens, of 81 frames 32760."),
         io.Boolean.Input(
-            "strict", default=False, advanced=True,
+            "strict", default=False, optional=True, advanced=True,
             tooltip="Raise an error instead of running dense when no kernel can run or a kernel fails."),
         io.Boolean.Input(
-            "verbose", default=False, advanced=True,
+            "verbose", default=False, optional=True, advanced=True,
             tooltip="Adds one line per layer to the report: calls, reasons and milliseconds."),
     ]
 

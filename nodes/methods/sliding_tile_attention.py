@@ -141,7 +141,8 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                 "a window of its own. After a run the node says what ran sparse, what ran dense and why."),
             search_aliases=["STA", "sliding tile", "sparse attention", "local attention", "FastVideo"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model", tooltip="A video model from any loader. Other patches may come before or after."),
                 io.String.Input(
                     "window", default=DEFAULT_WINDOW,
                     tooltip="What a tile sees, time x height x width: as fractions of the clip with a decimal point "

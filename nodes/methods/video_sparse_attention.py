@@ -123,7 +123,8 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 "ran sparse, what ran dense and why, and the time both took."),
             search_aliases=["VSA", "sparse attention", "FastVideo", "speed up video", "Wan"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input(
+                    "model", tooltip="A video model from any loader. Other patches may come before or after."),
                 io.Float.Input(
                     "sparsity", default=0.8, min=0.0, max=0.99, step=0.01,
                     tooltip="Share of the clip that a tile does not look at. Higher is faster and further from the "

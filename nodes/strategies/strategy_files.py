@@ -55,7 +55,7 @@ class LoadSTAStrategy(io.ComfyNode):
                 io.Combo.Input("strategy_name", options=strategy_names(),
                                tooltip="A .json file in models/sta_strategies or output/sta_strategies."),
                 io.String.Input(
-                    "grid_tiles", default="", advanced=True,
+                    "grid_tiles", default="", optional=True, advanced=True,
                     tooltip="Only for FastVideo's form: how many tiles the clip had that the file was made for, such "
                             "as 5x6x10. Empty: told from the widest window, which the published files need."),
             ],
@@ -95,11 +95,11 @@ class SaveSTAStrategy(io.ComfyNode):
             search_aliases=["mask strategy", "STA"],
             is_output_node=True,
             inputs=[
-                StrategyType.Input("strategy"),
+                StrategyType.Input("strategy", tooltip="A strategy from a search, or one that was loaded."),
                 io.String.Input("filename_prefix", default="strategy",
-                                tooltip="The file is called prefix_00001.json, counting up: nothing is overwritten."),
+                                tooltip="The file is called prefix_00001_.json, counting up: nothing is overwritten."),
                 io.String.Input(
-                    "grid_tiles", default="", advanced=True,
+                    "grid_tiles", default="", optional=True, advanced=True,
                     tooltip="Empty: this pack's form, which fits any resolution. Tiles such as 5x6x10: FastVideo's "
                             "form for a clip of so many tiles."),
             ],
@@ -119,10 +119,23 @@ class SaveSTAStrategy(io.ComfyNode):
         root = os.path.join(folder_paths.get_output_directory(), FOLDER)
         os.makedirs(root, exist_ok=True)
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = Path(folder) / f"{name}_{counter:05}.json"
+        path = unused(Path(folder), name, counter, Path(root))
         save_strategy(strategy, path, parse_tiles(grid_tiles))
         text = f"saved {path.name}: {describe(strategy)}"
         return io.NodeOutput(str(path), ui={"text": [text]})
+
+
+def unused(folder: Path, name: str, counter: int, root: Path) -> Path:
+    """The first of name_00001_.json, name_00002_.json, ... from `counter` on that no strategy folder has yet.
+
+    folder: below `root`, the strategy folder that is written to; what another has would be loaded in its place.
+    """
+    register_folders()
+    folders = [Path(other) / folder.relative_to(root) for other in folder_paths.get_folder_paths(FOLDER)]
+    # ComfyUI before 0.21 counts by the trailing underscore, which earlier versions of this pack did not write.
+    while any((other / f"{name}_{counter:05}{end}").exists() for other in folders for end in ("_.json", ".json")):
+        counter += 1
+    return folder / f"{name}_{counter:05}_.json"
 
 
 def describe(strategy) -> str:

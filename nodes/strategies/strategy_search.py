@@ -2,7 +2,6 @@
 can live with."""
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 
@@ -21,6 +20,7 @@ from ..hook.settings import read_settings
 from ..hook.status import show_under_node
 from ..methods.sliding_tile_attention import AUTO_TILE, TILE_SIZES, StrategyType
 from ..methods.sliding_tile_attention import read_method as read_sta
+from .search_key import search_key
 from .strategy_files import FOLDER
 from .strategy_map import draw_strategy
 from .strategy_measurement import AUTO_CANDIDATES, Search, parse_candidates
@@ -44,9 +44,10 @@ class STAStrategySearch(io.ComfyNode):
             search_aliases=["STA", "mask search", "calibrate sparse attention"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
+                io.Model.Input("model", tooltip="As in your sampler: the strategy is measured on this very model, with "
+                                                "its LoRAs and sampling shift."),
+                io.Conditioning.Input("positive", tooltip="As in your sampler: the prompt that the search samples."),
+                io.Conditioning.Input("negative", tooltip="As in your sampler. Unused at cfg 1."),
                 io.Latent.Input("latent_image", tooltip="The clip's size. The strategy fits other sizes too."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
                              tooltip="The noise that the search samples from."),
@@ -69,14 +70,14 @@ class STAStrategySearch(io.ComfyNode):
                                        "Smaller keeps more; 0 keeps everything."),
                 io.Float.Input("max_density", default=0.3, min=0.01, max=1.0, step=0.01,
                                tooltip="For the second goal: share of query-key pairs, averaged over everything."),
-                io.String.Input("candidates", default=AUTO_CANDIDATES, advanced=True,
+                io.String.Input("candidates", default=AUTO_CANDIDATES, optional=True, advanced=True,
                                 tooltip="Windows to try, separated by spaces or semicolons, in tiles (3x3x5) or as "
                                         "fractions of the clip (1.0x0.5x0.3). auto: eight shapes, long in time, "
                                         "wide, tall, and small cubes."),
-                io.Combo.Input("tile_size", options=list(TILE_SIZES), default=AUTO_TILE, advanced=True,
+                io.Combo.Input("tile_size", options=list(TILE_SIZES), default=AUTO_TILE, optional=True, advanced=True,
                                tooltip="As in Sliding Tile Attention."),
                 io.Combo.Input("backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)],
-                               default=kernels.AUTO, advanced=True,
+                               default=kernels.AUTO, optional=True, advanced=True,
                                tooltip="The kernel that the candidates are measured with."),
             ],
             outputs=[StrategyType.Output("strategy"), io.String.Output("report"), io.Image.Output("map")],
@@ -106,7 +107,7 @@ class STAStrategySearch(io.ComfyNode):
         if not layers:
             raise ValueError(f"the number of layers of this {family.name} model is not known: a search needs it")
         state = _state_path(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler,
-                            measured_steps, candidates, tile_size)
+                            min(measured_steps, steps), candidates, tile_size, backend)
         search = Search(candidates, read_sta("1x1x1", tile_size).tile_size, min(measured_steps, steps), layers, heads,
                         state, lambda text: (log.info("[STA] %s", text), show_under_node(text, node_id)))
         settings = read_settings(backend=backend, start_percent=0.0, min_tokens=0, strict=True)
@@ -146,16 +147,9 @@ def report_text(result: SearchResult) -> str:
     return "\n".join(lines)
 
 
-def _state_path(model, positive, negative, latent, *numbers) -> str:
+def _state_path(model, *inputs) -> str:
     """Where an unfinished search of the same inputs is kept."""
-    digest = hashlib.sha256(repr(numbers).encode())
-    digest.update(repr((type(model.model).__name__, str(getattr(model, "cached_patcher_init", None)),
-                        sorted(map(str, model.patches)), tuple(latent["samples"].shape))).encode())
-    for cond in (positive, negative):
-        for embedding, extras in cond:
-            digest.update(embedding.detach().float().cpu().numpy().tobytes())
-            digest.update(repr(sorted(extras)).encode())
-    name = f"unfinished_{digest.hexdigest()[:16]}.safetensors"
+    name = f"unfinished_{search_key(model, *inputs)}.safetensors"
     return os.path.join(folder_paths.get_output_directory(), FOLDER, name)
 
 

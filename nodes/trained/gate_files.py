@@ -21,11 +21,12 @@ WHOLE = {"weight": "weight", "bias": "bias", "set_weight": "weight", "diff": "we
 """Part in a file -> part of the gate that it is when the model has none: FastVideo fills a missing gate with zeros."""
 
 
-def with_gates(model, path: Path, strength: float = 1.0, node_id: str | None = None):
+def with_gates(model, path: Path, strength: float = 1.0, node_id: str | None = None, trained: Trained | None = None):
     """A clone of `model` (ModelPatcher) with the gates of the file at `path`. Only the gates are read.
 
     A whole gate replaces the one there is. What a LoRA says of gates is applied to those of the model with
     `strength`, or makes them when the model has none and the LoRA holds them whole.
+    trained: how, where it is known already; else what the file and its name say, and of a folder its config.
     Raises CheckpointError: no gates in the file, gates of another model, differences to gates that are not there.
     """
     checkpoint = open_checkpoint(path)
@@ -34,8 +35,10 @@ def with_gates(model, path: Path, strength: float = 1.0, node_id: str | None = N
         what = "a LoRA without gates" if is_lora(checkpoint.tensors) else "a model without gates"
         raise CheckpointError(f"{path} is {what}: wanted to_gate_compress in every layer, as VSA-trained models have")
     parts = {part for layer in found.values() for part in layer}
-    trained = trained_facts(checkpoint.metadata, (*path.parts[-3:], *checkpoint.metadata.values(),
-                                                  str(checkpoint.config.get("_name_or_path", ""))))
+    if trained is None:
+        config = checkpoint.config if path.is_dir() else {}
+        trained = trained_facts(checkpoint.metadata, (*path.parts[-3:], *checkpoint.metadata.values(),
+                                                      str(config.get("_name_or_path", ""))))
     if parts <= set(GATE_PARTS):
         return _attach_whole(model, path, checkpoint, found, trained, node_id)
     if gates_of(model) is not None:

@@ -24,6 +24,7 @@ from ..families import family_of
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import StaysDense
 from ..hook.status import show_under_node
+from .saving import save_gates
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ FED = "video_sparse_attention.gate"
 """In the transformer_options of one self-attention: its FedGate."""
 ATTENTION = {"Wan": ("self_attn", "dim"), "MiniMax H3": ("attn", "hidden_size")}
 """Family -> (self-attention in net.blocks[n], attribute of net with the width of its input)."""
+
+SAVED_IN = {"self_attn": "", "attn": "attn."}
+"""Self-attention -> the part between block and gate in the names of published files."""
 
 
 class GateLayers(torch.nn.Module):
@@ -164,7 +168,14 @@ def attach(model, patcher, trained: Trained, attention: str, node_id: str | None
     for kind, wrapper in ((WrappersMP.APPLY_MODEL, gates.apply_model), (WrappersMP.OUTER_SAMPLE, gates.outer_sample)):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
+    save_gates(clone, _told_of, SAVED_IN[attention])
     return clone
+
+
+def _told_of(model) -> tuple[Any, str] | None:
+    """(the gates' ModelPatcher, their training as JSON) of a ModelPatcher, as `saving` wants it."""
+    gates, patchers = gates_of(model), model.get_additional_models_with_key(KEY)
+    return (patchers[0], gates.trained.to_json()) if gates is not None and patchers else None
 
 
 def gates_of(model) -> GateSet | None:

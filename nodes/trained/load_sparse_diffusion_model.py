@@ -35,7 +35,7 @@ class SparseDiffusionModelLoader(io.ComfyNode):
                     tooltip="A safetensors file in models/diffusion_models, or a diffusers folder there or in "
                             "models/diffusers. Of a pipeline folder its transformer is loaded."),
                 io.Combo.Input(
-                    "weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
+                    "weight_dtype", options=list(WEIGHT_DTYPES), default="default", optional=True, advanced=True,
                     tooltip="default keeps the weights as they are in the file. fp8 halves the memory of 16-bit "
                             "weights, gates included, at some loss of quality."),
             ],

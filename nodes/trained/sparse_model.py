@@ -1,16 +1,23 @@
 """A diffusion model from a file or a diffusers folder, with the VSA gates that it was trained with."""
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import comfy.model_detection
 import comfy.sd
+import comfy.utils
+import torch
 
 from ...checkpoints.describe import describe
+from ...checkpoints.mapped import DTYPES
 from ...checkpoints.plan import Plan, plan_of
 from ...checkpoints.safetensors_file import CheckpointError
 from ...checkpoints.source import open_checkpoint
 from .gate_files import with_gates
 from .weights import read_tensors
+
+log = logging.getLogger(__name__)
 
 
 def load_sparse_model(path: Path, model_options: dict, node_id: str | None = None):
@@ -22,8 +29,25 @@ def load_sparse_model(path: Path, model_options: dict, node_id: str | None = Non
     plan = plan_of(open_checkpoint(path))
     model = _load(plan, model_options)
     if plan.gates:
-        model = with_gates(model, path, node_id=node_id)
+        model = with_gates(model, path, node_id=node_id, trained=plan.trained)
     return model, describe(plan, type(model.model).__name__)
+
+
+def is_video_model(plan: Plan) -> bool:
+    """Whether ComfyUI would know a video model by the names and shapes of these tensors. Reads no tensor."""
+    if plan.layers:
+        return True
+    tensors = plan.checkpoint.tensors
+    state = {target: torch.empty(tensors[name].info.shape, dtype=DTYPES.get(tensors[name].info.dtype), device="meta")
+             for name, target in plan.names.items()}
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    state = comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True) or state
+    try:
+        config = comfy.model_detection.model_config_from_unet(state, "", metadata=plan.metadata)
+    except Exception as error:      # what it finds in the tensors themselves, such as quantization, is not here
+        log.debug("%s may be a model: %s", plan.checkpoint.path, error)
+        return True
+    return config is not None and config.latent_format.latent_dimensions == 3
 
 
 def load_without_gates(path: Path, model_options: dict, disable_dynamic: bool = False):
@@ -39,7 +63,6 @@ def _load(plan: Plan, model_options: dict, disable_dynamic: bool = False):
         model = comfy.sd.load_diffusion_model_state_dict(
             state, model_options=model_options, metadata=plan.metadata, **only_newer)
     if model is None:
-        raise CheckpointError(f"{plan.checkpoint.path} holds a model that this ComfyUI does not know: found names such "
-                              f"as {next(iter(plan.names))}")
+        raise CheckpointError(plan.refusal)
     model.cached_patcher_init = (load_without_gates, (plan.checkpoint.path, model_options))
     return model

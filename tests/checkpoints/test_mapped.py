@@ -12,6 +12,9 @@ def state(tmp_path):
     generator = torch.Generator().manual_seed(3)
     state = {"f32": torch.randn(300, 70, generator=generator), "odd": torch.ones(3, dtype=torch.uint8),
              "bf16": torch.randn(513, 31, generator=generator).bfloat16(), "scalar": torch.tensor(2.5),
+             "u16": torch.arange(9).to(torch.uint16), "u64": torch.arange(3).to(torch.uint64),
+             "complex": torch.randn(5, dtype=torch.complex64, generator=generator),
+             "fnuz": torch.randn(8, generator=generator).to(torch.float8_e4m3fnuz),
              "fp8": torch.randn(64, 64, generator=generator).to(torch.float8_e4m3fn), "none": torch.empty(0, 4)}
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(state, path)

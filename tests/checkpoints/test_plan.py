@@ -120,11 +120,55 @@ def test_a_whole_missing_block_is_refused(tmp_path, shapes):
     refused(some, tmp_path / "wan.safetensors", "block 1 lacks")
 
 
-def test_a_diffusers_model_of_another_kind_is_refused(tmp_path):
+def test_a_diffusers_model_of_another_kind_says_so_when_comfyui_does_not_know_it(tmp_path):
     path = write_hollow({"transformer_blocks.0.attn1.to_q.weight": (8, 8)}, tmp_path / "m" / "model.safetensors")
+    assert "does not know: found names such as transformer_blocks.0.attn1" in plan_of(open_checkpoint(path)).refusal
     (path.parent / "config.json").write_text(json.dumps({"_class_name": "LTXVideoTransformer3DModel"}))
-    with pytest.raises(CheckpointError, match="a diffusers model .LTXVideoTransformer3DModel.: of those, only Wan"):
-        plan_of(open_checkpoint(path))
+    assert "a diffusers model (LTXVideoTransformer3DModel): of those, only Wan" in plan_of(
+        open_checkpoint(path)).refusal
+
+
+def native_beside(config, shapes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return plan_from(shapes, tmp_path / "wan.safetensors")
+
+
+@pytest.mark.parametrize("config", [
+    {"_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": 30, "text_dim": 1, "freq_dim": 2, "eps": 3},
+    {"_class_name": "WanTransformer3DModel", "num_attention_heads": 12, "attention_head_dim": 128, "text_dim": 4096},
+    {"_name_or_path": "FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "architectures": ["T5EncoderModel"]}],
+    ids=["of CogVideoX", "of another Wan", "of a text encoder"])
+def test_a_config_beside_a_native_file_changes_nothing(tmp_path, shapes, config):
+    alone, beside = plan_from(shapes, tmp_path / "alone" / "wan.safetensors"), native_beside(config, shapes, tmp_path)
+    assert (beside.family, beside.names, beside.metadata, beside.trained) == (
+        alone.family, alone.names, alone.metadata, alone.trained)
+
+
+def test_a_config_of_another_model_beside_a_diffusers_file_is_not_believed(write):
+    folder = write("diffusers file")
+    right = json.loads(plan_of(open_checkpoint(folder)).metadata["config"])["transformer"]
+    (folder / "config.json").write_text(json.dumps({
+        "_class_name": "WanTransformer3DModel", "num_attention_heads": 40, "attention_head_dim": 128, "text_dim": 4096,
+        "freq_dim": 512, "eps": 1e-3, "_name_or_path": "FastWan2.1-T2V-14B"}))
+    plan = plan_of(open_checkpoint(folder))
+    assert json.loads(plan.metadata["config"])["transformer"] == {
+        name: right[name] for name in ("text_dim", "freq_dim")}
+    assert plan.trained is UNKNOWN
+
+
+def test_a_diffusers_file_without_a_config_keeps_what_its_tensors_say(write):
+    folder = write("diffusers file")
+    (folder / "config.json").unlink()
+    assert json.loads(plan_of(open_checkpoint(folder)).metadata["config"])["transformer"] == {
+        "text_dim": 64, "freq_dim": 256}
+
+
+def test_a_config_that_cannot_be_read_is_described(write):
+    folder = write("diffusers file")
+    for text, found in (("{half", "config.json was left out, it cannot be read"), ("[" * 100_000, "cannot be read"),
+                        ("[1]", "config.json was left out: found a JSON list, wanted an object")):
+        (folder / "config.json").write_text(text)
+        assert found in describe(plan_of(open_checkpoint(folder)))
 
 
 def test_a_tensor_without_a_place_in_wan_is_refused(tmp_path, shapes):

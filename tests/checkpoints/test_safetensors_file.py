@@ -53,12 +53,39 @@ def test_another_format_is_named(tmp_path, start, name):
 
 
 @pytest.mark.parametrize("header", [b"not json, not at all", b"[]", b'{"a": {"dtype": "F32"}}',
-                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}'])
+                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+                                    b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}',
+                                    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+                                    b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4.5, 8]}}',
+                                    b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 0]}}',
+                                    b'{"a": 1}', b'{"a": null}', b"[" * 100_000, b"\xff\xfe{}"])
 def test_a_header_that_is_none_is_refused(tmp_path, header):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="its header cannot be read"):
         read_header(path)
+
+
+def with_header(path, header):
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * 4)
+    return path
+
+
+@pytest.mark.parametrize(("metadata", "found"), [("text", "str"), (["k", "v"], "list"), ([], "list"), (7, "int"),
+                                                 (False, "bool"), ("", "str")])
+def test_metadata_that_are_no_object_are_refused_with_what_they_are(tmp_path, metadata, found):
+    header = {"__metadata__": metadata, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    with pytest.raises(CheckpointError, match=f"its __metadata__ is a JSON {found}, wanted an object of texts"):
+        read_header(with_header(tmp_path / "model.safetensors", header))
+
+
+def test_metadata_that_hold_more_than_texts_are_kept_as_json(tmp_path):
+    header = {"__metadata__": {"config": {"transformer": {"dim": 8}}, "epoch": 3, "note": "text", "none": None}}
+    assert read_header(with_header(tmp_path / "model.safetensors", header)).metadata == {
+        "config": '{"transformer": {"dim": 8}}', "epoch": "3", "note": "text", "none": "null"}
+    assert read_header(with_header(tmp_path / "model.safetensors", {"__metadata__": None})).metadata == {}
 
 
 def test_a_tensor_whose_size_contradicts_its_shape_is_refused(tmp_path):

@@ -2,6 +2,10 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+
+import make_checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +103,24 @@ def kernel_table(comfyui, monkeypatch):
 def gate_file(tiny):
     """A file with the weights of tiny_wan_t2v and VSA gates."""
     return tiny("tiny_wan_vsa")
+
+
+@pytest.fixture(scope="session")
+def state(gate_file):
+    return safetensors.torch.load_file(gate_file)
+
+
+@pytest.fixture
+def write(state, tmp_path):
+    return lambda kind, changed=None: make_checkpoints.write(kind, changed or state, tmp_path)
+
+
+@pytest.fixture
+def load(comfyui):
+    """load(path, weight_dtype) -> (model, description), as the node loads it: ComfyUI executes in inference mode."""
+    from pack.nodes.trained.load_sparse_diffusion_model import WEIGHT_DTYPES
+    from pack.nodes.trained.sparse_model import load_sparse_model
+    return torch.inference_mode()(lambda path, dtype="default": load_sparse_model(path, dict(WEIGHT_DTYPES[dtype])))
 
 
 @pytest.fixture

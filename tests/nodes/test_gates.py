@@ -72,7 +72,7 @@ def test_the_plain_model_is_bit_equal_before_and_after(wan, gated, tile_4x4x4, d
     assert hook_count(wan) == 0
     assert torch.equal(draw(wan, GRID), before)
     assert set(wan.model.state_dict()) == keys and not any("gate" in key for key in keys)
-    assert not any("gate" in key for key in gated.state_dict_for_saving())
+    assert not any("gate" in key for key in wan.state_dict_for_saving())
     assert not wan.additional_models and "video_sparse_attention.gates" not in str(wan.model_options)
 
 
@@ -218,7 +218,7 @@ def test_the_gates_can_be_made_again_as_comfyui_asks_for_other_devices(gated, ti
 
 def test_gates_attached_after_the_vsa_node_are_used_too(wan, gate_file, gated, vsa, run_of, draw, monkeypatch):
     from pack.nodes.trained import attach_vsa_gates
-    monkeypatch.setattr(attach_vsa_gates, "model_path", lambda name: gate_file)
+    monkeypatch.setattr(attach_vsa_gates, "gate_file_path", lambda name: gate_file)
     after = attach_vsa_gates.VSAGatesAttach.execute(vsa(wan, 0.5), "x")[0]
     assert torch.equal(draw(after, GRID), draw(vsa(gated, 0.5), GRID))
     assert run_of(after).gated.total() == 4 and run_of(after).summary()[0]["tile"] == [4, 4, 4]

@@ -1,11 +1,19 @@
 """What a sparse attention method consists of. Names and signatures: FastVideo, attention/backends/abstract.py."""
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from ..lowering import readable
+
+UPSTREAM_NAMES = ("current_timestep", "raw_latent_shape", "patch_size", "STA_param", "VSA_sparsity", "topk_ratio",
+                  "device")
+"""What FastVideo's pipelines say to every builder alike, so that a builder takes those of another method too."""
 
 
 class AttentionBackend(ABC):
@@ -63,6 +71,17 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
     @abstractmethod
     def build(self, **kwargs: Any) -> T: ...
 
+    @staticmethod
+    def refuse_unknown(kwargs: dict[str, Any], own: Callable[..., Any]) -> None:
+        """Raise TypeError for a keyword that is neither one of `own`, the build method, nor in UPSTREAM_NAMES."""
+        unknown = [name for name in kwargs if name not in UPSTREAM_NAMES]
+        if unknown:
+            known = [name for name, parameter in inspect.signature(own).parameters.items()
+                     if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+            foreign = [name for name in UPSTREAM_NAMES if name not in known]
+            raise TypeError(f"build: found {', '.join(unknown)}, wanted {', '.join(known)}, or, without effect, "
+                            f"{', '.join(foreign)}")
+
 
 class AttentionImpl(ABC, Generic[T]):
     """The method itself: preprocess_qkv, forward, postprocess_output, in this order."""
@@ -85,10 +104,16 @@ class AttentionImpl(ABC, Generic[T]):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T,
                gate_compress: torch.Tensor | None = None) -> torch.Tensor:
-        """The whole way in the order of the sequence, [B, S, H, D].
+        """The whole way in the order of the sequence, [B, S, H, D], for tensors of any strides.
 
         gate_compress weighs the coarse branch. Raises ValueError where a method has none.
         """
+        query, key, value, gate_compress = readable(query, key, value, gate_compress)
+        return self.attend_readable(query, key, value, attn_metadata, gate_compress)
+
+    def attend_readable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T,
+                        gate_compress: torch.Tensor | None = None) -> torch.Tensor:
+        """`attend` for tensors whose last dimension is contiguous: what a method overrides."""
         if gate_compress is not None:
             raise ValueError(f"{type(self).__name__} has no coarse branch: found gate_compress, wanted None")
         return self.postprocess_output(self.forward(query, key, value, attn_metadata), attn_metadata)

@@ -24,6 +24,7 @@ class SDPAMetadataBuilder(AttentionMetadataBuilder[SDPAMetadata]):
         pass
 
     def build(self, current_timestep: int = 0, attn_mask: Tensor | None = None, **kwargs) -> SDPAMetadata:
+        self.refuse_unknown(kwargs, self.build)
         return SDPAMetadata(current_timestep=current_timestep, attn_mask=attn_mask)
 
 

@@ -115,8 +115,9 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         STA_param: windows in tiles as [step][layer][head], one window for all, or one as fractions of the grid.
         raw_latent_shape None: one of upstream's three grids, told by the length of the first sequence.
         prefix, suffix, hidden: the tokens that are not video, as in `TokenGrid`.
-        Raises ValueError for a window, tile or grid that is none.
+        Raises ValueError for a window, tile or grid that is none, TypeError for a keyword that no builder has.
         """
+        self.refuse_unknown(kwargs, self.build)
         if not isinstance(STA_param, Sequence) or isinstance(STA_param, str) or not len(STA_param):
             raise ValueError(f"STA_param {STA_param!r}: wanted a window such as (3, 3, 5), or windows as "
                              "[step][layer][head]")
@@ -197,8 +198,8 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
                              "(the output of preprocess_qkv with this metadata)")
         return self._launch(attend_lists, q, k, v, md)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata,
-               gate_compress: Tensor | None = None) -> Tensor:
+    def attend_readable(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata,
+                        gate_compress: Tensor | None = None) -> Tensor:
         """tile, forward and untile in one, by a kernel that reads tiles out of the sequence where there is one.
 
         [B, tokens, H, D] -> [B, tokens, H, D]

@@ -77,8 +77,10 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
 
         tile_size: any whose volume is a multiple of 64 or at most 64.
         prefix, suffix, hidden: the tokens that are not video, as in `TokenGrid`.
-        Raises ValueError for a sparsity outside 0 <= s < 1 and for a tile or grid that is none.
+        Raises ValueError for a sparsity outside 0 <= s < 1 and for a tile or grid that is none, TypeError for a
+        keyword that no builder has.
         """
+        self.refuse_unknown(kwargs, self.build)
         if not 0.0 <= VSA_sparsity < 1.0:
             raise ValueError(f"sparsity {VSA_sparsity}: wanted at least 0 and below 1")
         shape = tuple(latent // patch for latent, patch in zip(raw_latent_shape, patch_size, strict=True))
@@ -167,8 +169,8 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             self._add_coarse(output, query, key, value, gate_compress, md)
         return output
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: VideoSparseAttentionMetadata,
-               gate_compress: Tensor | None = None) -> Tensor:
+    def attend_readable(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: VideoSparseAttentionMetadata,
+                        gate_compress: Tensor | None = None) -> Tensor:
         """What preprocess_qkv, forward and postprocess_output compute.   [B, total_seq_length, H, D] -> the same
 
         Without tiled copies where the kernel gathers tokens: beside the result, memory for the tile means, the
@@ -179,7 +181,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         if any(x.shape != (query.shape[0], md.total_seq_length, *query.shape[2:]) for x in parts):
             raise ValueError(f"attend: found {[list(x.shape) for x in parts]}, "
                              f"wanted one shape with {md.total_seq_length} tokens")
-        query, key, value, *gate = (x if x.stride(3) == 1 else x.contiguous() for x in parts)
+        gate = parts[3:]
         tiles, topk = md.variable_block_sizes.shape[0], md.topk
         means = ()
         if gate or topk < tiles:
