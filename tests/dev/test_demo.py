@@ -21,10 +21,10 @@ def test_the_dense_variant_has_neither_node_and_no_dangling_link():
     assert graph[demo.node(graph, demo.SAMPLER)]["inputs"]["model"] == [demo.node(graph, "UNETLoader"), 0]
 
 
-def test_a_sparse_variant_differs_from_the_shipped_graph_in_its_sparsity_only():
+def test_a_sparse_variant_differs_from_the_shipped_graph_in_its_sparsity_and_its_kernel_only():
     _, (_, graph) = demo.variants(GRAPH, [0.25])
     patch = demo.node(GRAPH, demo.PATCH)
-    assert graph[patch]["inputs"] == {**GRAPH[patch]["inputs"], "sparsity": 0.25}
+    assert graph[patch]["inputs"] == {**GRAPH[patch]["inputs"], "sparsity": 0.25, "backend": demo.KERNEL}
     assert {**graph, patch: None} == {**GRAPH, patch: None}
 
 

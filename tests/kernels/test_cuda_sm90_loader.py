@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fake_driver import FakeCuda, FakeNvrtc, loader
-from pack.kernels import Call, KernelUnusable, backend_list
+from pack.kernels import Call, KernelUnusable, backend_list, user_cache
 from pack.kernels.cuda_sm90 import cache as cache_module
 from pack.kernels.cuda_sm90 import nvrtc
 from pack.kernels.cuda_sm90.cache import Cache, CacheMiss
@@ -82,7 +82,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_the_cache(tmp_path, mo
     elif how == "no home":
         monkeypatch.setattr(cache_module, "default_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     else:
-        monkeypatch.setattr(cache_module.tempfile, "NamedTemporaryFile", refuse)
+        monkeypatch.setattr(user_cache.tempfile, "NamedTemporaryFile", refuse)
     ready = Loader(lambda: Driver(FakeCuda()), FakeNvrtc, Cache(None if how == "no home" else tmp_path / "disk"),
                    Cache(tmp_path / "bundled"))
     ready.function(0, 128, "bfloat16")
@@ -94,7 +94,7 @@ def refuse(*args, **kwargs):
 
 
 def test_an_interrupted_write_leaves_neither_a_file_nor_a_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module.os, "replace", refuse)
+    monkeypatch.setattr(user_cache.os, "replace", refuse)
     assert "Permission denied" in Cache(tmp_path).write("name", b"content")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CacheMiss):
