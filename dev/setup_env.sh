@@ -33,7 +33,7 @@ grep -vE "^(torch|torchvision|torchaudio|$skip)([^A-Za-z0-9_-]|\$)" "$comfyui/re
 
 install -c "$venv/constraints.txt" torch $compilers
 install -c "$venv/constraints.txt" --no-deps torchvision torchaudio
-install -c "$venv/constraints.txt" -r "$venv/requirements.txt" -r "$here/../requirements.txt" pytest hypothesis ruff
+install -c "$venv/constraints.txt" -r "$venv/requirements.txt" -r "$here/../requirements.txt" pytest pytest-xdist hypothesis ruff
 
 # Work-arounds for a CPU build of torch, whose torchvision and torchaudio are still built for CUDA.
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
@@ -49,6 +49,6 @@ import torch, torchaudio, torchvision  # noqa: F401
 found = {d.name.replace('_', '-'): d.version for d in metadata.distributions()}
 print(*(f"{name} {found[name]}" for name in (
     "torch", "torchvision", "torchaudio", "triton", "numpy", "einops", "safetensors", "comfy-kitchen", "comfy-aimdo",
-    "comfyui-frontend-package", "pytest", "hypothesis", "ruff") if name in found), sep=", ")
+    "comfyui-frontend-package", "pytest", "pytest-xdist", "hypothesis", "ruff") if name in found), sep=", ")
 CHECK
 echo "$venv ready in $SECONDS s, $(du -sh "$venv" | cut -f1)"

@@ -58,14 +58,16 @@ class AttentionProblem:
         """The operands of `run` by name, on the CPU, and "blocks": [blocks, 64] rows of the output, -1 for none."""
         generator = torch.Generator().manual_seed(len(self.shows) + len(self.lists))
         rows, valid, per_tile = self._rows(generator)
+        seen = {row for block, count in zip(rows, valid, strict=True) for row in block[:count]}
         tokens = 1 + max(max(block, default=-1) for block in rows)
         heads = self.heads or -(-2 * multiprocessors // -(-len(rows) // 2)) + 1
         shape = (self.batch, tokens, heads, call.head_dim)
         q, k, v, gate = (torch.randn(shape, generator=generator) for _ in range(4))
+        if self.grid is None and not self.scattered:       # then queries need not be as many as keys
+            q, rows = q[:, :len(self.lists) * BLOCK], rows[:len(self.lists)]
         q *= self.sharpness
         q[0, rows[0][0], 0] = torch.nan                                # stays in its own row
         q, k, v, gate = self._laid_out(*(x.to(call.dtype) for x in (q, k, v, gate)))
-        seen = {row for block, count in zip(rows, valid, strict=True) for row in block[:count]}
         unseen = [row for row in range(tokens) if row not in seen]
         k[:, unseen], v[:, unseen] = torch.nan, torch.nan
         indices, counts = self._indices(heads, per_tile, len(rows))
@@ -175,7 +177,8 @@ class Prepared:
         if self.problem.lse:
             lse, wanted = found[1].double(), self.wanted[1].double()
             missed = torch.where(lse == wanted, 0.0, (lse - wanted).abs())
-            missed = torch.where(wanted.isnan() & lse.isnan(), 0.0, missed).nan_to_num(nan=torch.inf).max().item()
+            missed = torch.where(wanted.isnan() & lse.isnan(), 0.0, missed)
+            missed = missed.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
             if not missed <= LSE_TOLERANCE:
                 return worst, f"LSE off by {missed:.1e}, allowed {LSE_TOLERANCE:.0e}"
         return worst, None
@@ -189,7 +192,7 @@ class Prepared:
             return math.inf
         missed, size = (torch.where(poisoned, 0, x).square().sum((2, 4)).sqrt() for x in (found - wanted, wanted))
         relative = torch.where(size > 0, missed / size, torch.where(missed == 0, 0.0, math.inf))
-        return relative.nan_to_num(nan=math.inf).max().item()
+        return relative.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 def _tile_rows(grid: TileGrid) -> list[list[int]]:

@@ -46,7 +46,7 @@ class MeansProblem:
         return PreparedTiles(self, (parts, rows, self.tiles, self.blocks_per_tile), guarded, wanted, torch.float32)
 
     def sentence(self, found: Tensor, wanted: Tensor) -> tuple[float, str | None]:
-        worst = (found.double() - wanted).abs().nan_to_num(nan=torch.inf).max().item()
+        worst = (found.double() - wanted).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
         return worst, None if worst <= MEANS_TOLERANCE else f"means off by {worst:.1e}, allowed {MEANS_TOLERANCE:.0e}"
 
 

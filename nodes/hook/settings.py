@@ -32,8 +32,8 @@ def settings_inputs() -> list:
     return [
         io.Combo.Input(
             "backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)], default=kernels.AUTO,
-            tooltip="The kernel that computes attention. auto takes the best that is proven right on this card, and runs "
-                    "dense where dense is faster. A kernel chosen by name runs or raises an error."),
+            tooltip="The kernel that computes attention. auto takes the best that is proven right on this card, "
+                    "and runs dense where dense is faster. A kernel chosen by name runs or raises an error."),
         io.Float.Input(
             "start_percent", default=0.2, min=0.0, max=1.0, step=0.01,
             tooltip="Part of the denoising that stays dense at the start, where the composition forms. "

@@ -30,7 +30,7 @@ def test_a_dry_run_times_every_candidate_and_says_that_it_means_nothing(tune, tm
     report = json.loads(target.read_text())
     assert target.name == f"{report['date']}-dry-run-tune.json"
     assert report["dry_run"] is True and report["hardware"]["gpu"] is None and report["versions"]["torch"]
-    assert len(report["source_hash"]) == 64 and report["sparsity"] == 0.9
+    assert len(report["files"]) == 64 and report["sparsity"] == 0.9
     seen = [(row["head_dim"], row["dtype"], row["shape"], row["num_warps"], row["num_stages"])
             for row in report["rows"]]
     expected = {(dim, dtype, shape.name, config.num_warps, config.num_stages) for dim in (64, 128)

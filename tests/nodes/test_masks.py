@@ -19,7 +19,8 @@ class Blocks:
         self.hook, self.run = SparseAttentionHook.of(patched)[0], Run("VSA")
         call = ModelCall(THW, (1, 1, 1), frozenset(), frozenset(), prefix=TEXT)
         self.step = Step(self.run, patched.model.diffusion_model, call, True, 1)
-        self.options = {self.hook._step_key: self.step, "block_type": "double", "block_index": 0}
+        self.hook._steps["of this test"] = self.step
+        self.options = {self.hook._step_key: "of this test", "block_type": "double", "block_index": 0}
 
     def __call__(self, q, k, v, mask):
         def dense(q, k, v, heads, mask=None, **_):
