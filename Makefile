@@ -1,16 +1,22 @@
 # Every target works on a fresh clone: what it needs is made first. Everything made is in .cache.
 #   PYTHON        interpreter for the environment (default: python3.11, else python3)
 #   VENV          the environment (default: .cache/venv)
+#   OLDEST_PYTHON interpreter for the environment with the oldest torch, 3.10 to 3.12 (default: PYTHON)
 #   GPU_PYTHON    interpreter with a CUDA torch, einops and pytest, for the targets that need a GPU (default: python3)
+#   JOBS          processes that run tests (default: 2)
 #   COMFYUI_PATH  a ComfyUI checkout to use (default: the one this pack sits in, else one is fetched)
 
 ifndef PYTHON
 PYTHON := $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 endif
 VENV ?= .cache/venv
+OLDEST_PYTHON ?= $(PYTHON)
+OLDEST_VENV ?= .cache/venv-torch2.4
+OLDEST_READY := $(OLDEST_VENV)/.ready
 GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 FOUND := .cache/comfyui.found
+PARALLEL = -n $${JOBS:-2} --dist loadfile
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
@@ -26,13 +32,13 @@ setup: $(READY) ## environment with CPU torch, and a ComfyUI checkout (2 minutes
 demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (half a minute after setup)
 	@$(RUN) $(VENV)/bin/python dev/demo.py
 
-test: $(READY) ## ruff and every test, those in a real ComfyUI too
+test: $(READY) $(OLDEST_READY) ## ruff and every test, those in a real ComfyUI and with the oldest torch too
 	$(VENV)/bin/ruff check .
-	$(RUN) REQUIRE_COMFYUI=1 $(VENV)/bin/pytest -q
+	$(RUN) REQUIRE_COMFYUI=1 REQUIRE_OLDEST=1 OLDEST_VENV="$(OLDEST_VENV)" $(VENV)/bin/pytest -q $(PARALLEL)
 
 test-quick: $(READY) ## ruff and the tests that need no ComfyUI
 	$(VENV)/bin/ruff check .
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest -q -m "not host"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest -q $(PARALLEL) -m "not host"
 
 bench: $(READY) ## the reference kernel against dense attention
 	$(VENV)/bin/python benchmarks/reference_vs_sdpa.py
@@ -72,4 +78,8 @@ $(FOUND): FORCE
 
 $(READY): $(FOUND) dev/setup_env.sh dev/tv_cpu_hook.py requirements.txt
 	PYTHON="$(PYTHON)" dev/setup_env.sh "$(VENV)" "$$(head -n 1 $(FOUND))"
+	@touch $@
+
+$(OLDEST_READY): dev/setup_oldest.sh dev/hollow_cuda.py
+	PYTHON="$(OLDEST_PYTHON)" dev/setup_oldest.sh "$(OLDEST_VENV)"
 	@touch $@

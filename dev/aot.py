@@ -1,10 +1,13 @@
 """Compile the Triton kernels for every card in their table, without a GPU, and check what comes out.
 
-    python dev/aot.py [--arch sm_89 ...] [--candidates] [--sizes 64 ...] [--json FILE] [--jobs N]
+    python dev/aot.py [--arch sm_89 ...] [--fewer | --candidates] [--sizes 64 ...] [--json FILE] [--jobs N]
 
 One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 when a row spills registers, wants more
 shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
 one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
+
+--fewer: every variant of the attention kernel for sm_89 and sm_90 only, for other cards the one that holds most. What
+differs between variants of one card is told by those two, what differs between cards by that one.
 
 --candidates: instead, every launch that `make tune` would measure, for the attention kernel as it holds most. The last
 column marks the table's entry, what spills and what the card has no room for; neither fails.
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +56,20 @@ class Card(NamedTuple):
 
 CARDS = {(8, 0): Card(163, 2048, 32), (8, 6): Card(99, 1536, 16), (8, 9): Card(99, 1536, 24),
          (9, 0): Card(227, 2048, 32), (12, 0): Card(99, 1536, 24)}
+EVERY_VARIANT = (8, 9), (9, 0)
+"""Cards for which `--fewer` leaves nothing out."""
 
 
 def name(capability):
     return "sm_{}{}".format(*capability)
 
 
-def entries(card):
+def entries(card, fewer=False):
     """What to compile for a card: (card, kernel, head_dim or row length, dtype, variant)."""
     for dim in (64, 128):
         for dtype in ("bf16", "fp16"):
-            yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in ATTENTION[dtype])
+            variants = ATTENTION[dtype][-1:] if fewer and card not in EVERY_VARIANT else ATTENTION[dtype]
+            yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in variants)
             yield card, "tile_means_forward", dim, dtype, ""
         yield card, "score_tiles", dim, "fp32", ""
     yield from ((card, "select_rows", length, "fp32", "") for length in ROWS)
@@ -186,7 +193,9 @@ def print_table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=[name(card) for card in CARDS], help="default: all of them")
-    parser.add_argument("--candidates", action="store_true", help="compile what `make tune` would measure instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--fewer", action="store_true", help="all variants for two cards only")
+    which.add_argument("--candidates", action="store_true", help="compile what `make tune` would measure instead")
     parser.add_argument("--sizes", nargs="+", type=int, help="head dims and row lengths to compile, default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -194,7 +203,7 @@ def main():
 
     if options.candidates:
         load_pack()
-    of_card = candidates if options.candidates else entries
+    of_card = candidates if options.candidates else partial(entries, fewer=options.fewer)
     wanted = [entry for card in CARDS if not options.arch or name(card) in options.arch for entry in of_card(card)
               if not options.sizes or entry[2] in options.sizes]
     if not wanted:

@@ -18,19 +18,19 @@ SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     report = tmp_path_factory.mktemp("aot") / "table.json"
-    done = subprocess.run([sys.executable, ROOT / "dev" / "aot.py", "--jobs", "2", "--json", report],
+    done = subprocess.run([sys.executable, ROOT / "dev" / "aot.py", "--fewer", "--jobs", "2", "--json", report],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(report.read_text())
 
 
-def test_every_card_dtype_head_dim_and_variant_is_compiled(table):
+def test_every_card_dtype_and_head_dim_is_compiled_and_every_variant_for_the_two_that_matter_most(table):
     seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
             if row["kernel"] == "block_sparse_forward"}
     variants = {"bf16": ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"),
                 "fp16": ("lse", "gather lse", "gather combine lse")}
-    assert seen == {(arch, dim, dtype, variant) for arch in SHARED_KB for dim in (64, 128)
-                    for dtype in variants for variant in variants[dtype]}
+    assert seen == {(arch, dim, dtype, variant) for arch in SHARED_KB for dim in (64, 128) for dtype in variants
+                    for variant in variants[dtype][0 if arch in ("sm_89", "sm_90") else -1:]}
     others = {(row["kernel"], row["arch"], row["D"]) for row in table if row["kernel"] != "block_sparse_forward"}
     assert others == {(kernel, arch, size) for arch in SHARED_KB for kernel, sizes in (
         ("tile_means_forward", (64, 128)), ("score_tiles", (64, 128)), ("select_rows", (500, 1000, 2000, 4096)))
