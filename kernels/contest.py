@@ -49,7 +49,7 @@ class Span:
         return self._ms
 
 
-@dataclass
+@dataclass(eq=False)
 class Contest:
     """One kind of call: its first times, sparse and dense, and who wins once both are known."""
 
@@ -74,6 +74,12 @@ class Contest:
                 self.sparse, self.dense = [], []
         return self._medians
 
+    def so_far(self) -> tuple[float, float] | None:
+        """`medians`, from as many times as there are; waits for the device. None where a side has no time yet."""
+        if self.medians() is None and all(len(spans) > WARM_UP for spans in (self.sparse, self.dense)):
+            return tuple(statistics.median(span.milliseconds() for span in spans[WARM_UP:])
+                         for spans in (self.sparse, self.dense))
+        return self._medians
 
     def sparse_wins(self) -> bool | None:
         """None while it is not decided."""

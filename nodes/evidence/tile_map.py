@@ -1,50 +1,78 @@
-"""A picture of the tiles that one query tile keeps."""
+"""A picture of the tiles that one query tile looks at, laid over the clip where its frames are at hand."""
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _WIDTH = 1000
 INK, PAPER, OUTLINE = (32, 36, 44), (250, 250, 247), (226, 74, 51)
 _LOW, _HIGH = (231, 233, 236), (18, 78, 138)
-_MARGIN, _GAP, _LINE = 16, 14, 18
+_MARGIN, _GAP = 16, 14
+_HEADLINE, _TEXT, _SMALL = 24, 18, 14
+"""Sizes of letters: a headline can be read in a node of default size."""
+_VEIL = 0.8
+"""How much of a frame is covered where no head looks."""
+Thw = tuple[int, int, int]
 
 
-def draw_tile_map(tile_map: Tensor, caption: str) -> Tensor:
-    """One panel per tile along time, each a grid of tiles coloured by the share of heads that keep it.
+def draw_tile_map(tile_map: Tensor, grid: Thw, tile: Thw, headline: str, images: Tensor | None = None) -> Tensor:
+    """One panel per tile along time, each with the tiles of a frame coloured by the share of heads that look there.
 
     tile_map: [Nt, Nh, Nw] in 0..1, for the query tile in the middle, which is outlined.
+    grid, tile: tokens of the clip and of a tile, t x h x w.   images: the decoded clip, IMAGE [frames, h, w, C].
     Returns an IMAGE, float32 [1, height, width, 3] in 0..1.
     """
-    n_t, n_h, n_w = tile_map.shape
-    columns = min(n_t, max(1, round(math.sqrt(n_t * n_h / n_w * 1.4))))
-    cell = max(3, int((_WIDTH - 2 * _MARGIN - (columns - 1) * _GAP) / (columns * n_w)))
-    rows = -(-n_t // columns)
-    lines = caption.split("\n") + ["share of heads that keep a tile, for the outlined query tile:"]
-    top = _MARGIN + _LINE * (len(lines) + 1) + 8
-    width = max(_WIDTH, 2 * _MARGIN + columns * n_w * cell + (columns - 1) * _GAP)
-    height = top + rows * (n_h * cell + _LINE + _GAP) + _MARGIN
-    image = Image.new("RGB", (width, height), PAPER)
+    (n_t, n_h, n_w), (length, rows, columns) = tile_map.shape, grid
+    across = min(n_t, max(1, math.ceil(math.sqrt(n_t * rows / columns * 1.4))))
+    token = (_WIDTH - 2 * _MARGIN - (across - 1) * _GAP) / (across * columns)
+    width, height = round(columns * token), round(rows * token)
+    text = [(headline, _HEADLINE), (conclusion(tile_map), _TEXT)]
+    top = _text_height(text) + 2 * _MARGIN + _SMALL
+    label = _SMALL + 6
+    image = Image.new("RGB", (_WIDTH, top + -(-n_t // across) * (height + label + _GAP) + _MARGIN), PAPER)
     draw = ImageDraw.Draw(image)
-    for i, line in enumerate(lines):
-        draw.text((_MARGIN, _MARGIN + i * _LINE), line, fill=INK)
-    _draw_legend(draw, _MARGIN, _MARGIN + len(lines) * _LINE)
+    _draw_legend(draw, _MARGIN, _draw_text(draw, text), images is not None)
     for t in range(n_t):
-        left = _MARGIN + (t % columns) * (n_w * cell + _GAP)
-        upper = top + (t // columns) * (n_h * cell + _LINE + _GAP)
-        draw.text((left, upper), f"tile {t + 1} of {n_t} in time", fill=INK)
-        upper += _LINE - 2
+        left, upper = _MARGIN + t % across * (width + _GAP), top + t // across * (height + label + _GAP)
+        first, last = t * tile[0], min((t + 1) * tile[0], length)
+        draw.text((left, upper), _frames_text(first, last, length, images), fill=INK, font=_font(_SMALL))
+        upper += label
+        panel = _frame(images, (first + last) // 2, length, (width, height))
+        cells = ImageDraw.Draw(panel, "RGBA")
         for h in range(n_h):
             for w in range(n_w):
-                box = (left + w * cell, upper + h * cell, left + (w + 1) * cell - 1, upper + (h + 1) * cell - 1)
-                draw.rectangle(box, fill=colour(float(tile_map[t, h, w])))
+                share = float(tile_map[t, h, w])
+                cells.rectangle(_cell(h, w, tile, grid, token), fill=(*PAPER, round(255 * _VEIL * (1 - share)))
+                                if images is not None else colour(share))
         if t == n_t // 2:
-            x, y = left + n_w // 2 * cell, upper + n_h // 2 * cell
-            draw.rectangle((x - 2, y - 2, x + cell, y + cell), outline=OUTLINE, width=2)
+            cells.rectangle(_cell(n_h // 2, n_w // 2, tile, grid, token), outline=OUTLINE, width=3)
+        image.paste(panel, (left, upper))
     return to_image(image)
+
+
+def draw_words(headline: str, lines: list[str]) -> Tensor:
+    """A card for a run of which there is no map. Returns an IMAGE, float32 [1, height, width, 3] in 0..1."""
+    text = [(headline, _HEADLINE), *((line, _TEXT) for line in lines)]
+    image = Image.new("RGB", (_WIDTH, _text_height(text) + 2 * _MARGIN), PAPER)
+    _draw_text(ImageDraw.Draw(image), text)
+    return to_image(image)
+
+
+def conclusion(tile_map: Tensor) -> str:
+    """What the map says: how much of the clip the middle looks at, and how far away in time that is."""
+    total = tile_map.sum().item()
+    n_t, n_h, n_w = tile_map.shape
+    if total == 0:
+        return "The middle of the clip looks at nothing."
+    now = tile_map[n_t // 2].sum().item() / total
+    near = tile_map[:, max(0, n_h // 2 - 1):n_h // 2 + 2, max(0, n_w // 2 - 1):n_w // 2 + 2].sum().item() / total
+    share = total / tile_map.numel()
+    return (f"The middle of the clip (outlined) looks at {share:.0%} of it: {now:.0%} of that at the same moment, "
+            f"{near:.0%} at the same spot of the frame or beside it, at any time.")
 
 
 def to_image(picture: Image.Image) -> Tensor:
@@ -53,13 +81,83 @@ def to_image(picture: Image.Image) -> Tensor:
     return pixels.view(1, picture.height, picture.width, 3).float() / 255.0
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
-    for i in range(120):
-        draw.line((left + 34 + i, top + 2, left + 34 + i, top + 12), fill=colour(i / 119))
-    draw.text((left, top), "none", fill=INK)
-    draw.text((left + 160, top), "all", fill=INK)
-
-
 def colour(share: float) -> tuple[int, ...]:
     """Light for a share of 0, dark for 1."""
     return tuple(round(low + (high - low) * share) for low, high in zip(_LOW, _HIGH, strict=True))
+
+
+def frame_of(token: float, length: int, frames: int) -> int:
+    """The frame, from 0 on, that a place in time is decoded to: the first token is one frame where that comes out even,
+    as video VAEs have it, else all are as long."""
+    if length < 2 or (frames - 1) % (length - 1):
+        return min(frames - 1, int(token * frames / length))
+    each = (frames - 1) // (length - 1)
+    return 0 if token < 1 else min(frames - 1, 1 + int((token - 1) * each))
+
+
+def _frames_text(first: int, last: int, length: int, images: Tensor | None) -> str:
+    if images is None:
+        return f"latent frame{_range(first + 1, last)} of {length}"
+    frames = len(images)
+    end = frames if last == length else frame_of(last, length, frames)
+    return f"frame{_range(frame_of(first, length, frames) + 1, end)} of {frames}"
+
+
+def _range(first: int, last: int) -> str:
+    return f"s {first}-{last}" if last > first else f" {first}"
+
+
+def _frame(images: Tensor | None, token: int, length: int, size: tuple[int, int]) -> Image.Image:
+    if images is None:
+        return Image.new("RGB", size, PAPER)
+    pixels = (images[frame_of(token, length, len(images)), ..., :3].float().clamp(0, 1) * 255).round().byte().cpu()
+    return Image.fromarray(pixels.numpy(), "RGB").resize(size, Image.Resampling.BILINEAR)
+
+
+def _cell(h: int, w: int, tile: Thw, grid: Thw, token: float) -> tuple[int, int, int, int]:
+    """Corners of a tile in its panel, one pixel of the ground left free."""
+    left, right = (round(min(x * tile[2], grid[2]) * token) for x in (w, w + 1))
+    upper, lower = (round(min(y * tile[1], grid[1]) * token) for y in (h, h + 1))
+    return left, upper, max(left, right - 2), max(upper, lower - 2)
+
+
+@lru_cache(maxsize=4)
+def _font(size: int):
+    return ImageFont.load_default(size=size)
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font(size).getlength(longer) > _WIDTH - 2 * _MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _text_height(text) -> int:
+    return sum(len(_wrapped(words, size)) * round(size * 1.35) for words, size in text)
+
+
+def _draw_text(draw: ImageDraw.ImageDraw, text) -> int:
+    """Draws (words, size) under each other; returns where the next would begin."""
+    top = _MARGIN
+    for words, size in text:
+        for line in _wrapped(words, size):
+            draw.text((_MARGIN, top), line, fill=INK, font=_font(size))
+            top += round(size * 1.35)
+    return top
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int, over_frames: bool) -> None:
+    if over_frames:
+        draw.text((left, top), "clear: every head looks there; veiled: none does", fill=INK, font=_font(_SMALL))
+        return
+    words = "heads that look there: none"
+    draw.text((left, top), words, fill=INK, font=_font(_SMALL))
+    left += round(_font(_SMALL).getlength(words)) + 8
+    for i in range(120):
+        draw.line((left + i, top + 2, left + i, top + _SMALL), fill=colour(i / 119))
+    draw.text((left + 128, top), "all", fill=INK, font=_font(_SMALL))

@@ -28,7 +28,7 @@ from .run import DENSE, OTHER, SPARSE, Run
 from .settings import Settings
 from .sparse_calls import SparseCalls
 from .speed import DenseCall
-from .status import replaced_text, show_under_node, status_text, unseen_text
+from .status import node_text, replaced_text, show_under_node, status_text, unseen_text
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +148,10 @@ class SparseAttentionHook:
     def _report(self, run: Run) -> None:
         run.finish()
         for text in self.method.remarks(run):
-            run.note(text)
+            run.warn(text)
         self.runs = [*(earlier for earlier in self.runs if earlier.prompt == run.prompt is not None), run]
-        text = status_text(run, self.settings.verbose)
-        log.info("%s", text if self.settings.verbose else text.replace("\n", " | "))
+        text = status_text(run, True) if self.settings.verbose else node_text(run)
+        log.info("%s", text if self.settings.verbose else text.replace("\n- ", " | "))
         show_under_node(text, self.node_id)
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -162,7 +162,8 @@ class SparseAttentionHook:
         if not self._is_under(found, options):
             options[self._previous_key], options[OVERRIDE] = found, self.override
             if found is not None:
-                self._current_run().note("a later node had replaced the attention override: it now serves as dense")
+                self._current_run().note("a node behind this one had taken the attention over: it now computes what "
+                                         "stays dense")
 
     def _is_under(self, override, options: dict) -> bool:
         seen = set()
@@ -188,9 +189,9 @@ class SparseAttentionHook:
             return executor(x, t, *args, **kwargs)
         sigma = float(options["sigmas"].max()) if "sigmas" in options else float(t.max())
         to_sigma = base.model_sampling.percent_to_sigma
-        run.steps += 1
-        step = Step(run, base.diffusion_model, call, self.settings.schedule.holds(sigma, to_sigma), run.steps,
-                    *place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma))
+        place = place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma)
+        number = run.begin_pass(*place)
+        step = Step(run, base.diffusion_model, call, self.settings.schedule.holds(sigma, to_sigma), number, *place)
         token, seen = f"{run.steps}.{next(_numbers)}", run.seen
         options = {**options, self._step_key: token}
         self._take_top(options)
@@ -244,6 +245,7 @@ class SparseAttentionHook:
         layer, layers = self.family.layer(step.net, options, running_block(options))
         of_heads = self.family.heads(step.net)[0]
         part = step.heads_of(layer, heads, of_heads)
+        run.tokens = max(run.tokens, grid.num_video_tokens)
         reason = self._reason_for_dense(step, grid, layer, layers)
         dense = DenseCall.of(lambda: self._dense(func, options, q, k, v, heads, *args, **kwargs), q, k, func,
                              self._previous(options))
@@ -253,6 +255,8 @@ class SparseAttentionHook:
             out, reason = self.calls.run(call, grid, *qkv, given.get("scale"), dense)
             if out is not None:
                 run.layers[layer][SPARSE] += 1
+                run.sparse_steps.add(step.index)
+                self._tell_those_before(options)
                 return from_bshd(out, given.get("skip_output_reshape", False))
         run.dense[reason] += 1
         run.layers[layer][reason] += 1
@@ -270,6 +274,15 @@ class SparseAttentionHook:
             return previous(func, *args, **kwargs)
         finally:
             self._inside.dense = False
+
+    def _tell_those_before(self, options) -> None:
+        """Sparse nodes before this one do not see the calls that this one has computed: their runs count them."""
+        seen, override = {id(self)}, self._previous(options)
+        while (hook := getattr(override, "sparse_attention_hook", None)) is not None and id(hook) not in seen:
+            seen.add(id(hook))
+            if hook._run is not None:
+                hook._run.taken[self.method.name] += 1
+            override = hook._previous(options)
 
     def _previous(self, options):
         """The override that was there before ours, or None."""

@@ -28,6 +28,9 @@ class Method(Protocol):
     timed: bool
     """Whether its calls are compared with dense ones by the clock."""
 
+    def keeps_all(self, plan: Any, heads: int, call: LayerCall) -> bool:
+        """Whether a call would leave nothing out: dense attention gives the same. Asked where `dense_serves`."""
+
     def work(self, plan: Any, heads: int, call: LayerCall) -> Hashable:
         """What the time of a call depends on besides its shape, such as the share of pairs that it computes."""
 

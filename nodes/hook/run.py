@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import AUTO, Call, Span
+from ...kernels import AUTO, Call, Contest, Span
 from ...vsa_core.grid import TokenGrid
 
-SPARSE, DENSE, OTHER = "sparse", "dense", "other"
-"""Kinds of attention calls: video self-attention run sparse, the same run dense, and everything else."""
+SPARSE, DENSE, OTHER, PROBE = "sparse", "dense", "other", "probe"
+"""Kinds of attention calls: video self-attention run sparse, the same run dense, everything else, and sparse calls run
+dense as well, only to be timed."""
 
 
 @dataclass
@@ -65,6 +66,18 @@ class Run:
         """Attention calls of any kind."""
         self.probes = 0
         """Sparse calls that ran dense as well, only to be timed."""
+        self.compared: Counter[Contest] = Counter()
+        """Sparse calls by the contest that timed them against dense ones."""
+        self.taken: Counter[str] = Counter()
+        """Calls that another sparse node computed before they could come here, by its method."""
+        self.tokens = 0
+        """Of the largest clip that came by."""
+        self.sparse_steps: set[int] = set()
+        self.seen_steps: set[int] = set()
+        self.schedule_steps = 0
+        """Steps of the whole denoising, of which those in `seen_steps` were sampled."""
+        self.warnings: list[str] = []
+        """What costs the user time or quality."""
         self.notes: list[str] = []
         self.steps = 0
         self.sampled_step = -1
@@ -76,6 +89,21 @@ class Run:
         """Keep a sentence for the report, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence that the user has to see, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def begin_pass(self, index: int, total: int) -> int:
+        """A forward pass begins, at this step of the whole schedule -> its number in this run. The first one starts
+        the clock: loading the model is not sampling."""
+        if self.steps == 0:
+            self.started = time.perf_counter()
+        self.steps += 1
+        self.seen_steps.add(index)
+        self.schedule_steps = max(self.schedule_steps, total)
+        return self.steps
 
     @contextmanager
     def timed(self, kind: str, layer: Any, device: torch.device):
@@ -100,7 +128,7 @@ class Run:
             self.layer_ms[layer, kind] += elapsed
         self._spans.clear()
         if any(bool(flag) for flag in self._not_finite):
-            self.note("NaN or infinity came in with q, k or v: the model's activations were broken before attention")
+            self.warn("NaN or infinity came in with q, k or v: the model's activations were broken before attention")
         self._not_finite.clear()
         self.plans.clear()
         for record in self.records.values():
@@ -120,6 +148,26 @@ class Run:
         """Median time of one call of this kind: the first calls, which compile kernels, do not move it."""
         return statistics.median((self._calls_ms or {}).get(kind) or (0.0,))
 
+    def dense_seconds(self) -> float | None:
+        """How long the sampling would have taken with dense attention, as far as the calls that were timed tell; None
+        where sparse calls could not be compared, or nothing ran sparse."""
+        if not self.compared:
+            return None
+        seconds = self.seconds - (self.milliseconds(SPARSE) + self.milliseconds(PROBE)) / 1e3
+        for contest, calls in self.compared.items():
+            medians = contest.so_far()
+            if medians is None:
+                return None
+            seconds += calls * medians[1] / 1e3
+        return seconds if self.compared.total() == self.sparse_calls else None
+
+    @property
+    def density(self) -> float | None:
+        """Share of query-key pairs that the calls which ran sparse computed; None when nothing did."""
+        known = [(record.density, record.calls) for record in self.records.values() if record.density is not None]
+        calls = sum(count for _, count in known)
+        return sum(share * count for share, count in known) / calls if calls else None
+
     def summary(self) -> list[dict[str, Any]]:
         """The run in plain numbers, one entry per grid (one without a grid when nothing ran sparse)."""
         shared = {
@@ -128,7 +176,8 @@ class Run:
             "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
             "other_ms": self.milliseconds(OTHER), "dense_probes": self.probes,
             "sparse_ms_per_call": self.median_ms(SPARSE),
-            "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds, "notes": list(self.notes)}
+            "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds,
+            "dense_seconds": self.dense_seconds(), "notes": [*self.warnings, *self.notes]}
         if not self.records:
             return [{"grid": None, "sparse_calls": 0, "backend": None, **shared}]
         return [{

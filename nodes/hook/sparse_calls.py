@@ -13,13 +13,14 @@ from ...kernels import Contest
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from .method import LayerCall, Method, StaysDense
-from .run import SPARSE, GridRecord, Run
+from .run import PROBE, SPARSE, GridRecord, Run
 from .settings import Settings
 from .speed import DenseCall, Speed
 
 log = logging.getLogger(__name__)
 
 SLOWER = "sparse would be slower here"
+KEEPS_ALL = "nothing would be left out"
 
 
 class SparseCalls:
@@ -50,7 +51,7 @@ class SparseCalls:
             except kernels.NoKernel as error:
                 if self.insists:
                     raise
-                run.note(str(error))
+                run.warn(str(error))
                 return None, "no kernel"
             except StaysDense as reason:
                 return None, str(reason)
@@ -61,7 +62,7 @@ class SparseCalls:
                     raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip, or switch strict "
                                        "off and backend to auto to run such calls dense") from error
                 run.plans.clear()
-                run.note("the sparse path ran out of memory; those calls ran dense")
+                run.warn("the sparse path ran out of memory: those calls ran dense")
                 return None, "out of memory"
             except Exception as error:
                 if spec is None:
@@ -78,7 +79,10 @@ class SparseCalls:
         if key not in run.plans:
             run.plans[key] = self.method.plan(grid, q.device)
         plan, contest = run.plans[key], None
-        if self.method.timed:
+        if (self.settings.backend == kernels.AUTO and self.method.dense_serves
+                and self.method.keeps_all(plan, q.shape[2], call)):
+            return None, KEEPS_ALL
+        if self.method.timed and not dense.is_sparse:
             contest = self.speed.contest(dense, call.kernel, self.method.work(plan, q.shape[2], call))
             if self._loses(call, contest, dense):
                 return None, SLOWER
@@ -94,6 +98,7 @@ class SparseCalls:
             if contest.sparse and contest.wants_dense():
                 self._probe(contest, dense, run, q.device)
             add(contest.sparse, span)
+            run.compared[contest] += 1
         record.calls += 1
         run.records[grid, call.kernel] = record
         return out, None
@@ -109,21 +114,20 @@ class SparseCalls:
         sparse_ms, dense_ms = contest.medians()
         times = f"{sparse_ms:.1f} ms, dense {dense_ms:.1f} ms ({dense.name})"
         if self.method.dense_serves and self.settings.backend == kernels.AUTO:
-            run.note(f"{SLOWER}: {times}. To run it sparse all the same choose backend {call.kernel}")
+            run.warn(f"{SLOWER}: {times}. To run it sparse all the same choose backend {call.kernel}")
             return True
         if not self.method.dense_serves:
-            run.note(f"sparse attention does not gain time here: {times}. This model was trained for it, so it stays")
+            run.warn(f"sparse attention does not gain time here: {times}. This model was trained for it, so it stays")
         else:
-            run.note(f"sparse is slower than dense here: {times}. Backend {call.kernel} was chosen by name: it stays")
+            run.warn(f"sparse is slower than dense here: {times}. Backend {call.kernel} was chosen by name: it stays")
         return False
 
     @staticmethod
     def _probe(contest: Contest, dense: DenseCall, run: Run, device: torch.device) -> None:
         """Run the same call densely, only to be timed: where no dense step came before, nothing else tells."""
         try:
-            span = kernels.Span(device)
-            dense.compute()
-            span.end()
+            with run.timed(PROBE, None, device) as span:
+                dense.compute()
             add(contest.dense, span)
             run.probes += 1
         except comfy.model_management.InterruptProcessingException:

@@ -24,6 +24,8 @@ class DenseCall:
     """Calls of one kind take the same time: what serves them, shapes, dtype and device."""
     name: str
     """What serves it, in a user's words."""
+    is_sparse: bool = False
+    """Another sparse method serves it: its time is not that of dense attention."""
 
     @classmethod
     def of(cls, compute: Callable[[], Tensor], q: Tensor, k: Tensor, func, override) -> DenseCall:
@@ -31,7 +33,7 @@ class DenseCall:
         named = func if override is None else override
         kind = id(named), tuple(q.shape), tuple(k.shape), q.dtype, q.device
         if (hook := getattr(named, "sparse_attention_hook", None)) is not None:
-            return cls(compute, kind, f"{hook.method.name}, which is before this node")
+            return cls(compute, kind, f"the {hook.method.name} node", is_sparse=True)
         name = getattr(named, "__name__", type(named).__name__)
         return cls(compute, kind, DENSE_NAMES.get(name, name.strip("_").replace("_", " ")))
 

@@ -1,28 +1,36 @@
-"""A run in words: the text under the node, the log line, and the report."""
+"""A run in words: the text under the node, the log line, and the report. The sentence on top is `verdict`'s."""
 from __future__ import annotations
 
 import logging
 
 from ...kernels import AUTO, backend_list
 from .run import DENSE, SPARSE, Run
+from .verdict import bullets, dense_steps, verdict
 
 log = logging.getLogger(__name__)
 
 
+def node_text(run: Run) -> str:
+    """What stands under the node: the verdict, what the user has to see, the kernel, and the dense steps."""
+    return "\n".join([verdict(run), *bullets([*run.warnings, *_choice_lines(run), dense_steps(run)])])
+
+
 def status_text(run: Run, verbose: bool = False) -> str:
-    """What ran, how fast, on which grid, and why the rest ran dense: short lines, the most wanted first."""
-    entries = [entry for entry in run.summary() if entry["grid"]]
-    lines = [_kept_line(entry) for entry in entries] or [run.unseen or f"{run.method_name}: nothing ran sparse"]
-    lines += _choice_lines(run)
+    """`node_text`, then what ran, on which grid, how long a call took, and why the rest ran dense."""
+    lines = []
+    for entry in run.summary():
+        if entry["grid"]:
+            lines += [_kept_line(entry), _grid_line(entry)]
     lines += _time_lines(run)
-    lines.append(f"{run.sparse_calls} sparse calls, {run.dense.total()} dense" + _reasons(run.dense))
-    lines += [_grid_line(entry) for entry in entries]
+    lines.append(f"attention calls: {run.sparse_calls} sparse, {run.dense.total()} dense" + _reasons(run.dense))
     if run.other:
-        lines.append(f"not the clip's self-attention, left alone: {_listed(run.other)}")
+        lines.append(f"other attention calls, left alone: {_listed(run.other)}")
+    if run.taken:
+        lines.append(f"attention calls that a sparse node behind this one computed: {_listed(run.taken)}")
     lines += run.notes
     if verbose:
         lines += _layer_lines(run)
-    return "\n".join(lines)
+    return "\n".join([node_text(run), *bullets(lines)])
 
 
 def kernel_text(run: Run, backend: str) -> str:
@@ -34,8 +42,8 @@ def kernel_text(run: Run, backend: str) -> str:
     for call in run.asked:
         card = "" if call.capability is None else " sm_{}{}".format(*call.capability)
         dtype = str(call.dtype).removeprefix("torch.")
-        lines.append(f"kernels for {dtype}, head_dim {call.head_dim} on {call.device_type}{card}, backend {backend}:")
-        lines += [f"  {line}" for line in backend_list(call, backend, run.failed)]
+        lines.append(f"- kernels for {dtype}, head_dim {call.head_dim} on {call.device_type}{card}, backend {backend}:")
+        lines += [f"  - {line}" for line in backend_list(call, backend, run.failed)]
     return "\n".join(lines)
 
 
@@ -78,25 +86,20 @@ def _choice_lines(run: Run) -> list[str]:
 
 
 def _kept_line(entry: dict) -> str:
-    density = "" if entry["density"] is None else f" ({entry['density']:.1%} of pairs)"
-    kept = entry.get("label") or f"{entry['kept']} of {entry['tiles']} tiles"
-    return f"{entry['method']}: {kept}{density}, {entry['backend']}"
+    density = "" if entry["density"] is None else f" ({entry['density']:.1%} of all pairs of tokens)"
+    kept = entry.get("label") or f"every tile looks at {entry['kept']} of {entry['tiles']} tiles"
+    return f"{kept}{density}, kernel {entry['backend']}"
 
 
 def _grid_line(entry: dict) -> str:
     others = "".join(f" + {entry[side]} {side}" for side in ("prefix", "suffix") if entry[side])
-    return f"grid {_x(entry['grid'])}{others}, tile {_x(entry['tile'])}"
+    return f"clip of {_x(entry['grid'])} tokens (time x height x width){others}, tile {_x(entry['tile'])}"
 
 
 def _time_lines(run: Run) -> list[str]:
-    sparse, dense = (run.median_ms(kind) for kind in (SPARSE, DENSE))
-    lines = []
-    if sparse and dense and len(run.records) == 1:
-        lines.append(f"{dense / sparse:.2f}x as fast per call: {sparse:.2f} ms, dense {dense:.2f} ms (medians)")
-    spent = [f"{kind} {run.milliseconds(kind):.0f} ms" for kind, ms in ((SPARSE, sparse), (DENSE, dense)) if ms]
-    if spent:
-        lines.append(f"inside attention: {', '.join(spent)}")
-    return lines
+    """The usual time of a call. Sums are not told: they are of different numbers of calls."""
+    usual = [f"{kind} {ms:.2f} ms" for kind in (SPARSE, DENSE) if (ms := run.median_ms(kind))]
+    return [f"usual time of one attention call: {', '.join(usual)}"] if usual else []
 
 
 def _layer_lines(run: Run) -> list[str]:
@@ -104,7 +107,7 @@ def _layer_lines(run: Run) -> list[str]:
     for layer, counts in sorted(run.layers.items(), key=lambda item: (item[0] is None, item[0])):
         ms = {kind: run.layer_ms[layer, kind] for kind in (SPARSE, DENSE)}
         spent = ", ".join(f"{kind} {value:.1f} ms" for kind, value in ms.items() if value)
-        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)}; {spent}")
+        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)} calls; together {spent}")
     return lines
 
 

@@ -67,6 +67,9 @@ class SlidingTileMethod:
     dense_serves = True
     timed = True
 
+    def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
+        return all(is_full(window, plan.tiles) for window in self._metadata(plan, call).windows(heads))
+
     def work(self, plan: Plan, heads: int, call: LayerCall) -> float:
         return round(plan.density(self._metadata(plan, call), heads).item(), 2)
 

@@ -57,6 +57,9 @@ class VideoSparseMethod:
     def dense_serves(self) -> bool:
         return self.gates is None
 
+    def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
+        return plan.metadata.topk == math.prod(plan.metadata.num_tiles)
+
     def work(self, plan: Plan, heads: int, call: LayerCall) -> int:
         return plan.metadata.topk
 

@@ -133,3 +133,25 @@ def with_gates(comfyui):
 @pytest.fixture
 def gated(wan, gate_file, with_gates):
     return with_gates(wan, gate_file)
+
+
+@pytest.fixture
+def own_proofs(comfyui, tmp_path, monkeypatch):
+    from pack import kernels
+    from pack.kernels import prove, tile_ops
+    from pack.kernels.proof_store import ProofStore
+    from pack.kernels.proofs import Proofs
+    for module in (kernels, prove, tile_ops):
+        monkeypatch.setattr(module, "PROOFS", Proofs(ProofStore(tmp_path / "proofs")))
+
+
+@pytest.fixture
+def fakes(kernel_table):
+    """fakes(run, ...) puts these kernels first in the table, with head_dim 128 as the tiny models have."""
+    import fake_kernels
+    from pack.kernels import reference
+
+    def put(*runs, **fields):
+        specs = [fake_kernels.spec_of(run, f"fake{i}", **fields) for i, run in enumerate(runs)]
+        kernel_table(*specs, reference.SPEC)
+    return put

@@ -1,22 +1,13 @@
 """`auto` in a real ComfyUI: right by proof, made when the node executes, and never slower than what dense means."""
 import dataclasses
-import time
 
 import pytest
 import torch
 
+from slow_dense import slow_dense, under
+
 pytestmark = pytest.mark.usefixtures("own_proofs")
 SIZE = (5, 8, 12)
-
-
-@pytest.fixture
-def own_proofs(comfyui, tmp_path, monkeypatch):
-    from pack import kernels
-    from pack.kernels import prove, tile_ops
-    from pack.kernels.proof_store import ProofStore
-    from pack.kernels.proofs import Proofs
-    for module in (kernels, prove, tile_ops):
-        monkeypatch.setattr(module, "PROOFS", Proofs(ProofStore(tmp_path / "proofs")))
 
 
 @pytest.fixture
@@ -24,35 +15,8 @@ def auto(vsa):
     return lambda model, sparsity=0.5, **widgets: vsa(model, sparsity, backend="auto", **widgets)
 
 
-def slow_dense(milliseconds, name="attention_sage"):
-    """An override that takes its time, as somebody's dense attention."""
-    def override(func, *args, **kwargs):
-        time.sleep(milliseconds / 1e3)
-        return func(*args, **kwargs)
-    override.__name__ = name
-    return override
-
-
-def under(model, override):
-    clone = model.clone()
-    clone.model_options["transformer_options"]["optimized_attention_override"] = override
-    return clone
-
-
 def note_of(run, words):
-    return next((note for note in run.notes if words in note), None)
-
-
-@pytest.fixture
-def fakes(kernel_table):
-    """fakes(run, ...) puts these kernels first in the table, with head_dim 128 as the tiny models have."""
-    import fake_kernels
-    from pack.kernels import reference
-
-    def put(*runs, **fields):
-        specs = [fake_kernels.spec_of(run, f"fake{i}", **fields) for i, run in enumerate(runs)]
-        kernel_table(*specs, reference.SPEC)
-    return put
+    return next((note for note in (*run.warnings, *run.notes) if words in note), None)
 
 
 def test_a_kernel_that_is_right_and_fast_is_taken_and_both_is_said(wan, auto, fakes, run_of, draw):
@@ -63,7 +27,7 @@ def test_a_kernel_that_is_right_and_fast_is_taken_and_both_is_said(wan, auto, fa
     draw(patched, SIZE, steps=4)
     run = run_of(patched)
     assert run.sparse_calls == 8 and {record.kernel for record in run.records.values()} == {"fake0"}
-    line = next(line for line in status_text(run).splitlines() if line.startswith("auto: fake0, "))
+    line = next(line for line in status_text(run).splitlines() if line.startswith("- auto: fake0, "))
     assert "proven (10 problems, worst error " in line and "on this CPU" in line
     assert "x dense per call (" in line and "SageAttention " in line
     assert run.probes == 4, "no step was dense, so a few calls ran both"
@@ -149,13 +113,13 @@ def test_a_model_that_was_trained_sparse_stays_sparse_and_says_what_it_costs(gat
 
 
 def test_the_reference_on_a_cpu_is_measured_too_and_a_small_clip_runs_dense_with_both_times(wan, auto, run_of, draw):
-    patched = auto(wan, 0.0)
+    patched = auto(wan, 0.2)
     draw(patched, (5, 16, 16), steps=8)
     run = run_of(patched)
     assert "reference" in run.medians and all(ms > 0 for ms in run.medians["reference"][:2])
     sparse_ms, dense_ms, name = run.medians["reference"]
     assert name == "PyTorch attention"
-    if sparse_ms > dense_ms:                  # sparsity 0 computes all pairs: it can only lose
+    if sparse_ms > dense_ms:                  # it may win, on some machine
         assert run.dense["sparse would be slower here"] and note_of(run, "sparse would be slower here")
 
 

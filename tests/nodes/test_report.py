@@ -25,27 +25,31 @@ def node(model, node_id, **widgets):
     return SparseAttentionHook.install(model, read_method(0.5, "auto"), settings, node_id)
 
 
-def test_the_node_shows_grid_tile_density_kernel_calls_and_time_after_every_run(wan, draw, shown):
+def test_the_node_shows_the_verdict_and_the_report_grid_tile_density_kernel_calls_and_time(wan, draw, shown):
     patched = node(wan, "7")
     draw(patched)
     draw(patched)
     assert [node_id for node_id, _ in shown] == ["7", "7"]
     text = shown[-1][1]
-    for part in ("VSA: 2 of 4 tiles (", "% of pairs), reference", "x as fast per call", "grid 5x5x6, tile 3x5x3",
-                 "2 sparse calls, 2 dense (dense_blocks 2)", "left alone: cross-attention 4",
-                 "inside attention: sparse"):
-        assert part in text
-    assert "layer" not in text
+    assert text.startswith("VSA is ") and "% of attention skipped in 2 of 2 steps." in text
+    report = report_of(patched)
+    for part in ("every tile looks at 2 of 4 tiles (", "% of all pairs of tokens), kernel reference",
+                 "usual time of one attention call: sparse ",
+                 "clip of 5x5x6 tokens (time x height x width), tile 3x5x3",
+                 "attention calls: 2 sparse, 2 dense (dense_blocks 2)", "left alone: cross-attention 4"):
+        assert part in report and part not in text
+    assert "layer" not in report
 
 
 def test_verbose_adds_a_line_per_layer(wan, draw, shown):
     draw(node(wan, "7", verbose=True))
-    assert "layer 0: dense_blocks 2; dense" in shown[-1][1] and "layer 1: sparse 2; sparse" in shown[-1][1]
+    assert "layer 0: dense_blocks 2 calls; together dense" in shown[-1][1]
+    assert "layer 1: sparse 2 calls; together sparse" in shown[-1][1]
 
 
 def test_a_run_without_a_sparse_call_says_so_and_why(wan, draw, shown):
     draw(node(wan, "7", min_tokens=10000))
-    assert "nothing ran sparse" in shown[-1][1] and "fewer than 10000 tokens 4" in shown[-1][1]
+    assert "VSA is OFF: the clip has 150 tokens and min_tokens is 10000" in shown[-1][1]
 
 
 def test_the_density_is_the_share_of_query_key_pairs_that_the_lists_keep(wan, vsa, run_of, draw):
@@ -62,21 +66,42 @@ def test_the_report_node_gives_text_numbers_and_a_picture(wan, vsa, draw):
     patched = vsa(wan, 0.5)
     latent = {"samples": draw(patched, (7, 14, 18))}
     run = SparseAttentionHook.of(patched)[0].last_run
-    image, shown = _picture([run])
-    assert shown and image.ndim == 4 and image.shape[-1] == 3 and 0 <= image.min() and image.max() <= 1
-    assert image.unique().numel() > 3
+    plain, over = _picture([run], None), _picture([run], torch.rand(25, 112, 144, 3))
+    for image in (plain, over):
+        assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= image.min() and image.max() <= 1
+    assert over.unique().numel() > plain.unique().numel() > 3
     assert SparseAttentionReport.define_schema().node_id == "SparseAttentionReport"
-    assert torch.is_tensor(latent["samples"])
+    found = SparseAttentionReport.execute(latent, patched)
+    assert found.args[0] is latent and found.ui["text"] == [found.args[1]] and found.ui["images"]
     tile_map = next(iter(run.records.values())).tile_map
     assert tile_map.sum().item() == pytest.approx(run.summary()[0]["kept"])
 
 
-def test_the_report_node_refuses_a_model_that_is_not_patched_or_not_sampled(wan, vsa):
+@pytest.mark.parametrize("patched", [False, True], ids=["bypassed", "not sampled"])
+def test_the_report_node_never_ends_a_run(wan, vsa, patched):
     from pack.nodes.evidence.report import SparseAttentionReport
-    with pytest.raises(ValueError, match="found a model without sparse attention"):
-        SparseAttentionReport.execute({"samples": None}, wan)
-    with pytest.raises(ValueError, match="has not been sampled yet"):
-        SparseAttentionReport.execute({"samples": None}, vsa(wan))
+    latent = {"samples": torch.zeros(1, 4)}
+    found = SparseAttentionReport.execute(latent, vsa(wan) if patched else wan)
+    assert found.args[0] is latent and found.ui["images"], "a picture of its own, or the page keeps an old one"
+    assert found.args[1].startswith("Nothing was sampled with this" if patched else "DENSE run: there is no sparse")
+
+
+def test_the_words_of_a_map_are_those_of_its_numbers():
+    from pack.nodes.evidence.tile_map import conclusion
+    tile_map = torch.zeros(3, 4, 4)
+    tile_map[1, 2, 2] = tile_map[1, 0, 0] = tile_map[0, 2, 1] = tile_map[2, 3, 3] = 1
+    assert conclusion(tile_map) == (
+        "The middle of the clip (outlined) looks at 8% of it: 50% of that at the same moment, 75% at the same spot of "
+        "the frame or beside it, at any time.")
+    assert conclusion(torch.zeros(3, 4, 4)) == "The middle of the clip looks at nothing."
+
+
+@pytest.mark.parametrize(("length", "frames", "first_of_each"), [
+    (21, 81, [0, *range(1, 81, 4)]), (16, 16, list(range(16))), (5, 20, [0, 4, 8, 12, 16]), (1, 1, [0])],
+    ids=["causal", "one to one", "four to one", "one frame"])
+def test_a_place_in_time_is_the_frame_that_it_is_decoded_to(length, frames, first_of_each):
+    from pack.nodes.evidence.tile_map import frame_of
+    assert [frame_of(token, length, frames) for token in range(length)] == first_of_each
 
 
 def report_of(model):
@@ -90,9 +115,9 @@ def test_the_report_lists_every_kernel_and_why_it_could_not_run(wan, draw, backe
     patched = node(wan, "7", backend=backend)
     draw(patched)
     head, *lines = report_of(patched).splitlines()[-1 - len(KERNELS):]
-    assert head == f"kernels for float32, head_dim 128 on cpu, backend {backend}:"
-    assert lines == ["  cuda_sm90: tensors are on cpu, needs cuda", "  triton: tensors are on cpu, needs cuda",
-                     f"  reference: {reference}"]
+    assert head == f"- kernels for float32, head_dim 128 on cpu, backend {backend}:"
+    assert lines == ["  - cuda_sm90: tensors are on cpu, needs cuda", "  - triton: tensors are on cpu, needs cuda",
+                     f"  - reference: {reference}"]
 
 
 def test_a_kernel_that_failed_in_this_run_is_listed_with_what_it_said(wan, draw, monkeypatch):
@@ -106,8 +131,8 @@ def test_a_kernel_that_failed_in_this_run_is_listed_with_what_it_said(wan, draw,
     patched = node(wan, "7")
     draw(patched)
     text = report_of(patched)
-    assert "  broken: failed in this run: RuntimeError: no such luck (disk cache: loaded)\n" in text
-    assert text.endswith("  reference: can run") and ", reference" in text
+    assert "  - broken: failed in this run: RuntimeError: no such luck (disk cache: loaded)\n" in text
+    assert text.endswith("  - reference: can run") and "kernel reference" in text
 
 
 def test_a_run_that_asked_no_kernel_lists_none(wan, draw):
