@@ -6,8 +6,8 @@ One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 whe
 shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
 one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
 
---fewer: every variant of the attention kernel for sm_89 and sm_90 only, for other cards the one that holds most. What
-differs between variants of one card is told by those two, what differs between cards by that one.
+--fewer: every variant of the attention kernel for sm_89 and sm_90 only, and of each kernel for every card the one that
+holds most. What differs between variants is told by those two cards, what differs between cards by that one.
 
 --candidates: instead, every launch that `make tune` would measure, for the attention kernel as it holds most. The last
 column marks the table's entry, what spills and what the card has no room for; neither fails.
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,15 +63,23 @@ def name(capability):
     return "sm_{}{}".format(*capability)
 
 
-def entries(card, fewer=False):
+def entries(card):
     """What to compile for a card: (card, kernel, head_dim or row length, dtype, variant)."""
     for dim in (64, 128):
         for dtype in ("bf16", "fp16"):
-            variants = ATTENTION[dtype][-1:] if fewer and card not in EVERY_VARIANT else ATTENTION[dtype]
-            yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in variants)
+            yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in ATTENTION[dtype])
             yield card, "tile_means_forward", dim, dtype, ""
         yield card, "score_tiles", dim, "fp32", ""
     yield from ((card, "select_rows", length, "fp32", "") for length in ROWS)
+
+
+def fewer_entries(card):
+    """Of `entries` those that `--fewer` compiles."""
+    for entry in entries(card):
+        _, kernel, size, dtype, variant = entry
+        most = variant == ATTENTION["bf16"][-1] if kernel == "block_sparse_forward" else size in (128, ROWS[-1])
+        if dtype != "fp16" and (most or card in EVERY_VARIANT) or card in EVERY_VARIANT and most and size == 128:
+            yield entry
 
 
 def candidates(card):
@@ -203,7 +210,7 @@ def main():
 
     if options.candidates:
         load_pack()
-    of_card = candidates if options.candidates else partial(entries, fewer=options.fewer)
+    of_card = candidates if options.candidates else fewer_entries if options.fewer else entries
     wanted = [entry for card in CARDS if not options.arch or name(card) in options.arch for entry in of_card(card)
               if not options.sizes or entry[2] in options.sizes]
     if not wanted:

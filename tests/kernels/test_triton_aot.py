@@ -24,17 +24,25 @@ def table(tmp_path_factory):
     return json.loads(report.read_text())
 
 
-def test_every_card_dtype_and_head_dim_is_compiled_and_every_variant_for_the_two_that_matter_most(table):
+def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_two_that_matter_most(table):
     seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
             if row["kernel"] == "block_sparse_forward"}
-    variants = {"bf16": ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"),
-                "fp16": ("lse", "gather lse", "gather combine lse")}
-    assert seen == {(arch, dim, dtype, variant) for arch in SHARED_KB for dim in (64, 128) for dtype in variants
-                    for variant in variants[dtype][0 if arch in ("sm_89", "sm_90") else -1:]}
+    variants, most = ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"), "gather combine lse"
+    assert seen == {*((arch, dim, "bf16", most) for arch in SHARED_KB for dim in (64, 128)),
+                    *((arch, dim, "bf16", variant) for arch in ("sm_89", "sm_90") for dim in (64, 128)
+                      for variant in variants), ("sm_89", 128, "fp16", most), ("sm_90", 128, "fp16", most)}
     others = {(row["kernel"], row["arch"], row["D"]) for row in table if row["kernel"] != "block_sparse_forward"}
-    assert others == {(kernel, arch, size) for arch in SHARED_KB for kernel, sizes in (
-        ("tile_means_forward", (64, 128)), ("score_tiles", (64, 128)), ("select_rows", (500, 1000, 2000, 4096)))
-        for size in sizes}
+    of_all = {"tile_means_forward": (64, 128), "score_tiles": (64, 128), "select_rows": (500, 1000, 2000, 4096)}
+    assert others == {(kernel, arch, size) for arch in SHARED_KB for kernel, sizes in of_all.items()
+                      for size in sizes[0 if arch in ("sm_89", "sm_90") else -1:]}
+
+
+def test_the_command_itself_leaves_no_variant_out():
+    import aot
+    rows = {entry[1:] for card in aot.CARDS for entry in aot.entries(card)}
+    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 140
+    assert {variant for kernel, _, dtype, variant in rows if dtype == "fp16"} == {
+        "", "lse", "gather lse", "gather combine lse"}
 
 
 def test_nothing_spills(table):
