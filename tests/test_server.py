@@ -89,7 +89,7 @@ def test_the_api_graph_reports_text_numbers_and_a_picture(server, api_graph):
 
 
 def test_auto_measures_and_where_sparse_loses_the_rest_runs_dense_with_both_times(server, api_graph):
-    api_graph["2"]["inputs"].update(backend="auto", sparsity=0.0)      # keeps all pairs: it can only lose
+    api_graph["2"]["inputs"].update(backend="auto", sparsity=0.1)      # keeps nearly all pairs: it can only lose
     api_graph["5"]["inputs"].update(width=192, height=160, length=17)
     api_graph["6"]["inputs"]["steps"] = 6
     outputs = server.run(api_graph)["outputs"]["7"]
@@ -131,11 +131,34 @@ def test_a_kernel_that_cannot_run_is_an_error_that_names_the_node_and_the_reason
         server.run(api_graph)
 
 
-def test_the_report_on_an_unpatched_model_says_what_to_connect(server, api_graph):
-    from comfy_server import PromptError
-    api_graph["7"]["inputs"]["model"] = ["1", 0]
-    with pytest.raises(PromptError, match="found a model without sparse attention"):
-        server.run(api_graph)
+def test_bypassing_the_sparse_node_compares_dense_with_the_last_sparse_run(server, api_graph):
+    """What the example graphs advise: the page leaves a bypassed node out of the prompt."""
+    api_graph["6"]["inputs"]["seed"] = 77
+    assert server.run(api_graph)["outputs"]["7"]["sparse_attention"][0]["sparse_calls"] == 8
+    for node in ("6", "7"):
+        api_graph[node]["inputs"]["model"] = ["1", 0]
+    outputs = server.run(api_graph)["outputs"]
+    assert outputs["8"]["latents"], "the run goes on behind the report"
+    first, times = outputs["7"]["text"][0].splitlines()
+    assert first == "DENSE run: there is no sparse attention node on this model, or it is bypassed."
+    assert re.fullmatch(r"the sampler took [\d.]+ s; the last sparse run took [\d.]+ s\.", times)
+    assert server.view(outputs["7"]["images"][0])[:4] == b"\x89PNG"
+
+
+def test_a_sampling_from_the_cache_says_so_and_one_that_never_was_shows_no_other_run(server, api_graph):
+    server.run(api_graph)
+    again = server.run(api_graph)["outputs"]["7"]["text"][0]
+    assert "the sampling ran in an earlier prompt: its result came from the cache" in again
+    api_graph["7"]["inputs"]["latent"] = ["5", 0]
+    outputs = server.run(api_graph)["outputs"]["7"]
+    assert outputs["text"][0].startswith("Nothing was sampled with this model") and not outputs["sparse_attention"]
+
+
+def test_the_report_takes_the_decoded_clip(server, api_graph):
+    size = {"width": 320, "height": 240, "batch_size": 33}
+    api_graph["9"] = {"class_type": "EmptyImage", "inputs": {**size, "color": 255}}
+    api_graph["7"]["inputs"]["images"] = ["9", 0]
+    assert server.view(server.run(api_graph)["outputs"]["7"]["images"][0])[:4] == b"\x89PNG"
 
 
 def test_the_graph_runs_again_after_a_failed_one_and_gives_the_same_latent(server, api_graph):
