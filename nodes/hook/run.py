@@ -95,6 +95,11 @@ class Run:
         if text not in self.warnings:
             self.warnings.append(text)
 
+    @property
+    def said(self) -> list[str]:
+        """All that this run has to say besides its numbers, what the user has to see first."""
+        return [*self.warnings, *self.notes]
+
     def begin_pass(self, index: int, total: int) -> int:
         """A forward pass begins, at this step of the whole schedule -> its number in this run. The first one starts
         the clock: loading the model is not sampling."""
@@ -177,7 +182,7 @@ class Run:
             "other_ms": self.milliseconds(OTHER), "dense_probes": self.probes,
             "sparse_ms_per_call": self.median_ms(SPARSE),
             "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds,
-            "dense_seconds": self.dense_seconds(), "notes": [*self.warnings, *self.notes]}
+            "dense_seconds": self.dense_seconds(), "notes": self.said}
         if not self.records:
             return [{"grid": None, "sparse_calls": 0, "backend": None, **shared}]
         return [{

@@ -16,7 +16,7 @@ def auto(vsa):
 
 
 def note_of(run, words):
-    return next((note for note in (*run.warnings, *run.notes) if words in note), None)
+    return next((note for note in run.said if words in note), None)
 
 
 def test_a_kernel_that_is_right_and_fast_is_taken_and_both_is_said(wan, auto, fakes, run_of, draw):

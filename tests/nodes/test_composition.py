@@ -52,7 +52,7 @@ def test_a_later_node_that_replaces_the_override_becomes_dense_and_is_named(wan,
     draw(patched)
     run = run_of(patched)
     assert run.sparse_calls == run.other.total() == 4 and len(calls) == 4 + run.probes
-    assert any("later node" in note for note in run.notes)
+    assert any("a node behind this one" in note for note in run.said)
 
 
 def test_a_displaced_override_on_one_clone_does_not_reach_another(wan, vsa, draw):

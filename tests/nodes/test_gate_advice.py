@@ -22,18 +22,18 @@ def test_a_sparsity_other_than_the_trained_one_is_named(wan, gate_file, with_gat
     sentence = "sparsity 0.9 differs from the 0.8 that FastWan2.1-T2V-1.3B was trained with"
     assert sentence in caplog.text
     draw(patched, GRID)
-    assert sentence in run_of(patched).notes
+    assert sentence in run_of(patched).said
     caplog.clear()
     draw(fits := vsa(model, 0.8), GRID)
-    assert not any("differs" in note for note in run_of(fits).notes) and "differs" not in caplog.text
+    assert not any("differs" in note for note in run_of(fits).said) and "differs" not in caplog.text
 
 
 def test_every_dense_call_of_a_trained_model_is_named_after_sampling(gated, vsa, run_of, draw):
     draw(small := vsa(gated, 0.5, min_tokens=10000), GRID)
     assert any(note.startswith("WARNING: 4 calls of this VSA-trained model ran dense") and "Lower min_tokens" in note
-               for note in run_of(small).notes)
+               for note in run_of(small).said)
     draw(late := vsa(gated, 0.5, start_percent=0.9), GRID)
-    assert any("Set start_percent to 0" in note for note in run_of(late).notes)
+    assert any("Set start_percent to 0" in note for note in run_of(late).said)
 
 
 def test_sampling_a_trained_model_without_the_vsa_node_warns(gated, vsa, draw, caplog):

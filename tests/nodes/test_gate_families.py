@@ -21,7 +21,7 @@ def test_blocks_that_the_gates_were_not_trained_for_are_counted(load_tiny, gate_
     run = run_of(patched)
     assert set(run.gated) == set(range(len(net.blocks)))
     assert any(note.startswith(f"WARNING: {run.sparse_calls - run.gated.total()} sparse calls had no gate")
-               for note in run.notes)
+               for note in run.said)
 
 
 def test_minimax_h3_takes_gates_of_its_own_shape(load_tiny, with_gates, vsa, run_of, draw, tmp_path):
@@ -35,7 +35,7 @@ def test_minimax_h3_takes_gates_of_its_own_shape(load_tiny, with_gates, vsa, run
     assert relative_l2(draw(patched, grid), draw(plain, grid)) > 1e-3
     run = run_of(patched)
     assert set(run.gated) == {0, 1} and run.gated.total() == run.sparse_calls > 0
-    assert "sparsity 0.5 differs from the 0.9 that FastH3 was trained with" in run.notes
+    assert "sparsity 0.5 differs from the 0.9 that FastH3 was trained with" in run.said
 
 
 def test_the_gates_of_a_fasth3_lora_equal_those_of_a_whole_model(load_tiny, with_gates, vsa, draw, tmp_path):

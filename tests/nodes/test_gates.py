@@ -44,7 +44,7 @@ def test_random_gates_change_the_result_and_are_used_in_every_layer(wan, gated, 
     assert relative_l2(draw(patched, GRID), draw(tile_4x4x4(wan), GRID)) > 0.01
     run = run_of(patched)
     assert run.gated == {0: 2, 1: 2} and run.summary()[0]["gated_calls"] == run.sparse_calls == 4
-    assert "VSA gates of this model used in 2 layers" in run.notes
+    assert "VSA gates of this model used in 2 layers" in run.said
 
 
 def test_auto_takes_the_trained_tile_for_gates_and_another_without(wan, gated, vsa, run_of, draw):

@@ -34,7 +34,7 @@ def test_the_order_of_the_nodes_changes_nothing(wan, method, drawn, run_of, neig
     found = drawn(first, neighbour)
     assert torch.equal(found, drawn(last, neighbour))
     assert counts(run_of(first)) == counts(run_of(last)) and run_of(first).sparse_calls > 0
-    assert any("later node" in note for note in run_of(first).notes) is neighbour.named
+    assert any("a node behind this one" in note for note in run_of(first).said) is neighbour.named
     assert torch.equal(drawn(wan, neighbour), before)
 
 

@@ -132,10 +132,10 @@ def test_reports_of_two_samplers_on_one_model_show_their_own_runs(wan, vsa, draw
         draw(patched, SIZE, steps=1)
     with in_prompt("prompt one", "4"):
         draw(patched, SIZE, steps=3)
-    assert "2 sparse calls" in report_of(patched, "8", PROMPT) and "6 sparse" not in report_of(patched, "8", PROMPT)
+    assert "calls: 2 sparse" in report_of(patched, "8", PROMPT) and "calls: 6" not in report_of(patched, "8", PROMPT)
     both = report_of(patched, "9", PROMPT)
-    assert both.index("sampler 1 of 2:") < both.index("2 sparse calls") < both.index("sampler 2 of 2:") < both.index(
-        "6 sparse calls")
+    assert both.index("sampler 1 of 2:") < both.index("calls: 2 sparse") < both.index("sampler 2 of 2:") < both.index(
+        "calls: 6 sparse")
 
 
 def test_runs_of_an_earlier_prompt_are_not_shown(wan, vsa, draw, report_of, in_prompt):
@@ -143,4 +143,4 @@ def test_runs_of_an_earlier_prompt_are_not_shown(wan, vsa, draw, report_of, in_p
     for prompt, steps in (("one", 1), ("two", 3)):
         with in_prompt(prompt, "4"):
             draw(patched, SIZE, steps=steps)
-    assert "6 sparse calls" in report_of(patched, "9", PROMPT) and "sampler" not in report_of(patched, "9", PROMPT)
+    assert "calls: 6 sparse" in report_of(patched, "9", PROMPT) and "sampler" not in report_of(patched, "9", PROMPT)

@@ -82,7 +82,7 @@ def test_without_any_kernel_auto_runs_dense_and_says_why(wan, vsa, run_of, draw,
     assert torch.equal(draw(patched), draw(wan))
     run = run_of(patched)
     assert run.dense == {"no kernel": 4} and run.sparse_calls == 0
-    assert any("reference: broken for this test" in note for note in run.notes)
+    assert any("reference: broken for this test" in note for note in run.said)
 
 
 def test_without_any_kernel_strict_is_an_error(wan, vsa, kernel_table):
@@ -101,8 +101,8 @@ def crashing(spec, name="crashing"):
 def test_a_kernel_that_fails_is_left_for_the_next_one_and_named(wan, vsa, run_of, draw, kernel_table):
     from pack.kernels import reference
     kernel_table(crashing(reference.SPEC), reference.SPEC)
-    patched = vsa(wan, 0.0, backend="auto")
-    assert ((draw(patched) - draw(wan)).norm() / draw(wan).norm()).item() <= 1e-5
+    patched, plain = vsa(wan, 0.5, backend="auto"), vsa(wan, 0.5)
+    assert torch.equal(draw(patched), draw(plain))
     run = run_of(patched)
     assert run.sparse_calls == 4 and "PTX was not understood" in run.failed["crashing"]
     assert {entry["backend"] for entry in run.summary()} == {"reference"}
@@ -114,7 +114,7 @@ def test_when_every_kernel_fails_the_clip_is_still_finished_dense(wan, vsa, run_
     patched = vsa(wan, 0.9, backend="auto")
     assert torch.equal(draw(patched), draw(wan))
     assert run_of(patched).dense == {"no kernel": 4}
-    assert any("PTX was not understood" in note for note in run_of(patched).notes)
+    assert any("PTX was not understood" in note for note in run_of(patched).said)
 
 
 @pytest.mark.parametrize("widgets", [{"strict": True, "backend": "auto"}, {"backend": "crashing"}])
@@ -142,7 +142,7 @@ def test_nan_in_the_model_is_reported_and_nothing_crashes(wan, vsa, run_of, draw
     patched = vsa(clone, 0.9)
     out = draw(patched)
     assert torch.isnan(out).any()
-    assert any("NaN or infinity came in with q, k or v" in note for note in run_of(patched).notes)
+    assert any("NaN or infinity came in with q, k or v" in note for note in run_of(patched).said)
 
 
 class Attention:

@@ -57,7 +57,8 @@ def test_the_report_names_window_and_density(wan, sta, run_of, draw):
     patched = sta(wan, "3x1x1", tile_size="4x4x4")
     draw(patched, (9, 20, 24))
     text = status_text(run_of(patched))
-    assert "STA: window 3x1x1 of 3x3x3 tiles (" in text and "grid 9x10x12, tile 4x4x4" in text
+    assert "window 3x1x1 of 3x3x3 tiles (" in text
+    assert "clip of 9x10x12 tokens (time x height x width), tile 4x4x4" in text
 
 
 def test_a_strategy_gives_every_step_layer_and_head_its_window(wan, sta, run_of, draw):

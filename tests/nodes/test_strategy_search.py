@@ -137,7 +137,7 @@ def test_the_cost_is_said_before_the_search_starts(wan, search, caplog):
         search(wan, latent=(8, 16, 32))
     text = caplog.text
     assert "a measured step takes about" in text
-    assert text.index("a measured step takes about") < text.index("STA search: measuring")
+    assert text.index("a measured step takes about") < text.index("STA search is ON")
 
 
 @pytest.mark.parametrize(("widgets", "message"), [

@@ -35,7 +35,7 @@ def test_a_graph_compiled_before_the_node_was_there_is_compiled_again(wan, vsa, 
     found = draw(patched, SIZE)
     run = run_of(patched)
     assert run.sparse_calls == 4 and relative_l2(found, wanted) < 1e-5 < relative_l2(found, dense)
-    assert any("it was compiled again" in note for note in run.notes)
+    assert any("it was compiled again" in note for note in run.said)
     assert relative_l2(draw(plain, SIZE), dense) < 1e-5, "and without the node it is dense again"
 
 
