@@ -51,7 +51,7 @@ def test_the_demo_runs_the_shipped_graph_in_a_real_server(comfyui):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("sparsity 0.9  "))
-    assert "9x15x20" in row and "8 / 0" in row
+    assert "9x15x20" in row and "8 / 0" in row and "What the numbers say: " in done.stdout
     assert (demo.OUT / "demo_tiles.png").read_bytes().startswith(b"\x89PNG")
 
 
