@@ -114,7 +114,9 @@ class SparseAttentionHook:
         except kernels.NoKernel as error:
             if self.calls.insists:
                 raise
-            log.warning("[%s] everything will run dense: %s", self.method.name, error)
+            text = f"{self.method.name} will be OFF: {error}"
+            log.warning("%s", text)
+            show_under_node(text, self.node_id)
         except torch.OutOfMemoryError as error:
             if self.calls.insists:
                 raise RuntimeError("there is no room on the GPU to prove the kernel before its first use: close what "

@@ -41,6 +41,17 @@ def test_the_node_shows_the_verdict_and_the_report_grid_tile_density_kernel_call
     assert "layer" not in report
 
 
+def test_a_model_that_no_kernel_can_run_is_told_before_the_sampling(wan, shown, monkeypatch):
+    from dataclasses import replace
+
+    import pack.kernels
+    none = replace(pack.kernels.KERNELS[-1], dtypes=(torch.bfloat16,))
+    monkeypatch.setattr(pack.kernels, "KERNELS", (none,))
+    node(wan, "7")
+    (node_id, text), = shown
+    assert node_id == "7" and text.startswith("VSA will be OFF: ") and "bfloat16" in text
+
+
 def test_verbose_adds_a_line_per_layer(wan, draw, shown):
     draw(node(wan, "7", verbose=True))
     assert "layer 0: dense_blocks 2 calls; together dense" in shown[-1][1]
