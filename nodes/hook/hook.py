@@ -19,6 +19,7 @@ from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from ..families import VideoFamily, family_of
 from ..families.running_block import running_block, told_apart
+from .chain import hooks_from
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
 from .method import LayerCall, Method, Step
@@ -161,20 +162,11 @@ class SparseAttentionHook:
     def _take_top(self, options: dict) -> None:
         """Put the override back on top, for this forward pass, when a node after ours has taken its place."""
         found = options.get(OVERRIDE)
-        if not self._is_under(found, options):
+        if self not in hooks_from(found, options):
             options[self._previous_key], options[OVERRIDE] = found, self.override
             if found is not None:
                 self._current_run().note("a node behind this one had taken the attention over: it now computes what "
                                          "stays dense")
-
-    def _is_under(self, override, options: dict) -> bool:
-        seen = set()
-        while (hook := getattr(override, "sparse_attention_hook", None)) is not None and id(hook) not in seen:
-            if hook is self:
-                return True
-            seen.add(id(hook))
-            override = options.get(hook._previous_key, hook._found_override)
-        return False
 
     def _apply_model(self, executor, x, t, *args, **kwargs):
         """Note the grid and the schedule of this forward pass where the attention calls find them."""
@@ -250,7 +242,7 @@ class SparseAttentionHook:
         run.tokens = max(run.tokens, grid.num_video_tokens)
         reason = self._reason_for_dense(step, grid, layer, layers)
         dense = DenseCall.of(lambda: self._dense(func, options, q, k, v, heads, *args, **kwargs), q, k, func,
-                             self._previous(options))
+                             self.previous(options))
         if reason is None:
             qkv = tuple(to_bshd(x, heads, skip_reshape) for x in (q, k, v))
             call = LayerCall("", layer, layers, part, of_heads, step, options, None)
@@ -268,7 +260,7 @@ class SparseAttentionHook:
         return out
 
     def _dense(self, func, options, *args, **kwargs):
-        previous = self._previous(options)
+        previous = self.previous(options)
         if previous is None or getattr(self._inside, "dense", False):
             return func(*args, **kwargs)
         self._inside.dense = True      # a chain that leads back to us must end, not turn in a circle
@@ -279,14 +271,11 @@ class SparseAttentionHook:
 
     def _tell_those_before(self, options) -> None:
         """Sparse nodes before this one do not see the calls that this one has computed: their runs count them."""
-        seen, override = {id(self)}, self._previous(options)
-        while (hook := getattr(override, "sparse_attention_hook", None)) is not None and id(hook) not in seen:
-            seen.add(id(hook))
-            if hook._run is not None:
+        for hook in hooks_from(self.previous(options), options):
+            if hook is not self and hook._run is not None:
                 hook._run.taken[self.method.name] += 1
-            override = hook._previous(options)
 
-    def _previous(self, options):
+    def previous(self, options):
         """The override that was there before ours, or None."""
         return options.get(self._previous_key, self._found_override)
 
