@@ -11,17 +11,19 @@ VSA_NOTE = (
     "**Video Sparse Attention** lets every 3-D tile of the clip attend only to the tiles that matter to it.\n\n"
     "- `sparsity` 0.8 keeps a fifth of them. Higher is faster and further from dense.\n"
     "- `start_percent` 0.2 keeps the first fifth of the steps dense, where the composition forms.\n"
-    "- After a run the node says what ran sparse, what ran dense and why, and how long both took.\n"
-    "- **Sparse Attention Report** shows which tiles the middle of the clip looks at.\n\n"
-    "Bypass the node (Ctrl+B) to compare with dense attention at the same seed.")
+    "- After a run the node says whether sparse attention was on, whether that was faster, and why not.\n"
+    "- **Sparse Attention Report** shows where the middle of the clip looks.\n\n"
+    "Bypass the node (Ctrl+B) and run again to compare with dense attention at the same seed: the report names both "
+    "times.")
 STA_NOTE = (
     "**Sliding Tile Attention** lets every 3-D tile of the clip attend to a window of tiles around it.\n\n"
     "- `window` 1.0x0.5x0.5 sees all of time and half of the height and width. Smaller is faster and further from "
     "dense.\n"
     "- A strategy from **Load STA Strategy** or **STA Strategy Search** gives every step, layer and head a window of "
     "its own.\n"
-    "- After a run the node says what ran sparse, what ran dense and why, and how long both took.\n\n"
-    "Bypass the node (Ctrl+B) to compare with dense attention at the same seed.")
+    "- After a run the node says whether sparse attention was on, whether that was faster, and why not.\n\n"
+    "Bypass the node (Ctrl+B) and run again to compare with dense attention at the same seed: the report names both "
+    "times.")
 
 
 def sparse_node(method, model):
@@ -52,8 +54,9 @@ def clip_graph(method, unet, clip, vae, shift, latent, size, sampler, steps, cfg
         9: ("KSampler", None, (1190, 60), (300, 260),
             {"model": [5, 0], "positive": [6, 0], "negative": [7, 0], "latent_image": [8, 0], "seed": 1,
              "steps": steps, "cfg": cfg, "sampler_name": sampler, "scheduler": "simple", "denoise": 1.0}),
-        10: ("SparseAttentionReport", None, (1190, 380), (460, 420), {"latent": [9, 0], "model": [5, 0]}),
-        11: ("VAEDecode", None, (1540, 60), (220, 50), {"samples": [10, 0], "vae": [3, 0]}),
+        10: ("SparseAttentionReport", None, (1190, 380), (460, 420),
+             {"latent": [9, 0], "model": [5, 0], "images": [11, 0]}),
+        11: ("VAEDecode", None, (1540, 60), (220, 50), {"samples": [9, 0], "vae": [3, 0]}),
         12: ("CreateVideo", None, (1540, 170), (220, 80), {"images": [11, 0], "fps": fps}),
         13: ("SaveVideo", None, (1800, 60), (340, 320),
              {"video": [12, 0], "filename_prefix": f"video/{method}"}),
@@ -106,8 +109,9 @@ def ltx2(method):
         14: ("RandomNoise", None, (1230, 530), (240, 90), {"noise_seed": 1}),
         15: ("SamplerCustomAdvanced", None, (1520, 60), (240, 130),
              {"noise": [14, 0], "guider": [11, 0], "sampler": [12, 0], "sigmas": [13, 0], "latent_image": [10, 0]}),
-        16: ("SparseAttentionReport", None, (1520, 250), (460, 420), {"latent": [15, 0], "model": [4, 0]}),
-        17: ("LTXVSeparateAVLatent", None, (1810, 60), (220, 60), {"av_latent": [16, 0]}),
+        16: ("SparseAttentionReport", None, (1520, 250), (460, 420),
+             {"latent": [15, 0], "model": [4, 0], "images": [18, 0]}),
+        17: ("LTXVSeparateAVLatent", None, (1810, 60), (220, 60), {"av_latent": [15, 0]}),
         18: ("VAEDecode", None, (2070, 60), (220, 50), {"samples": [17, 0], "vae": [1, 2]}),
         19: ("LTXVAudioVAEDecode", None, (2070, 170), (220, 50), {"samples": [17, 1], "audio_vae": [3, 0]}),
         20: ("CreateVideo", None, (2070, 280), (220, 100), {"images": [18, 0], "audio": [19, 0], "fps": 25.0}),
@@ -124,7 +128,7 @@ FASTWAN_VSA_3STEP = {
     3: ("VAELoader", None, (40, 380), (360, 60), {"vae_name": "wan_2.1_vae.safetensors"}),
     4: ("ModelSamplingSD3", None, (450, 60), (320, 60), {"model": [1, 0], "shift": 8.0}),
     5: ("VideoSparseAttentionPatch", None, (450, 170), (320, 440),
-        {"model": [4, 0], "sparsity": 0.8, "tile_size": "auto", "backend": "triton", "start_percent": 0.0,
+        {"model": [4, 0], "sparsity": 0.8, "tile_size": "auto", "backend": "auto", "start_percent": 0.0,
          "end_percent": 1.0, "dense_blocks": "", "min_tokens": 12288, "strict": False, "verbose": False}),
     6: ("CLIPTextEncode", "Prompt", (820, 60), (360, 150),
         {"clip": [2, 0],
@@ -137,8 +141,9 @@ FASTWAN_VSA_3STEP = {
     11: ("BasicGuider", None, (1230, 60), (240, 60), {"model": [5, 0], "conditioning": [6, 0]}),
     12: ("SamplerCustomAdvanced", None, (1230, 170), (240, 130),
          {"noise": [10, 0], "guider": [11, 0], "sampler": [9, 0], "sigmas": [8, 0], "latent_image": [7, 0]}),
-    13: ("SparseAttentionReport", None, (1230, 350), (460, 420), {"latent": [12, 0], "model": [5, 0]}),
-    14: ("VAEDecode", None, (1530, 60), (220, 50), {"samples": [13, 0], "vae": [3, 0]}),
+    13: ("SparseAttentionReport", None, (1230, 350), (460, 420),
+         {"latent": [12, 0], "model": [5, 0], "images": [14, 0]}),
+    14: ("VAEDecode", None, (1530, 60), (220, 50), {"samples": [12, 0], "vae": [3, 0]}),
     15: ("CreateVideo", None, (1530, 170), (220, 80), {"images": [14, 0], "fps": 16.0}),
     16: ("SaveVideo", None, (1800, 60), (340, 320), {"video": [15, 0], "filename_prefix": "video/fastwan_vsa"}),
     17: ("MarkdownNote", "What this does", (40, 660), (710, 230),

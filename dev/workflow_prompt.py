@@ -45,9 +45,11 @@ def shrink(prompt, checkpoint, width=96, height=80, frames=17, steps=2, min_toke
     """
     small = {}
     for node_id, node in prompt.items():
-        kind, inputs = node["class_type"], dict(node["inputs"])
+        kind = node["class_type"]
         if kind in DROPPED:
             continue
+        inputs = {name: value for name, value in node["inputs"].items()
+                  if not (kind == "SparseAttentionReport" and name == "images")}
         if kind in LOADERS:
             if LOADERS[kind] is None:
                 kind, inputs = "UNETLoader", {"weight_dtype": "default"}

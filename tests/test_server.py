@@ -79,6 +79,17 @@ def test_every_workflow_runs_on_a_tiny_checkpoint_and_attends_sparsely(server, o
     assert report["images"]
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_workflow_decodes_and_saves_without_its_report_and_leaves_the_kernel_to_auto(object_info, path):
+    from workflow_prompt import to_prompt
+    prompt = to_prompt(json.loads(path.read_text()), object_info)
+    reports = {node for node, value in prompt.items() if value["class_type"] == "SparseAttentionReport"}
+    used = [link[0] for value in prompt.values() for link in value["inputs"].values() if isinstance(link, list)]
+    assert reports and not reports & set(used), "beside the sampler: whatever it says, the clip is finished"
+    assert all(prompt[node]["inputs"]["images"] for node in reports)
+    assert {value["inputs"]["backend"] for value in prompt.values() if "backend" in value["inputs"]} == {"auto"}
+
+
 def test_the_api_graph_reports_text_numbers_and_a_picture(server, api_graph):
     outputs = server.run(api_graph)["outputs"]["7"]
     run = outputs["sparse_attention"][0]
