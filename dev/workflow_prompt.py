@@ -14,7 +14,8 @@ LOADERS = {"UNETLoader": "unet_name", "SparseDiffusionModelLoader": "model_name"
 
 
 def to_prompt(workflow, object_info):
-    """{node id: {class_type, inputs}}. Raises KeyError for a node type or input that the server does not have."""
+    """{node id: {class_type, inputs}}. Raises KeyError for a node type that the server does not have, or an input where
+    it matters to a sampling."""
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -24,6 +25,9 @@ def to_prompt(workflow, object_info):
                     if isinstance(spec, list)}
         values, inputs = list(node["widgets_values"]), {}
         for entry in node["inputs"]:
+            if entry["name"] not in declared and node["type"] in DROPPED:       # newer than this ComfyUI: its page
+                values = values[bool(entry.get("widget")):]                     # leaves the widget out
+                continue
             spec = declared[entry["name"]]
             if "widget" in entry:
                 value = values.pop(0)
