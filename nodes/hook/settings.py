@@ -1,6 +1,7 @@
 """The widgets that every sparse attention node shares, and what they mean."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfy_api.latest import io
@@ -67,15 +68,15 @@ def read_settings(backend=kernels.AUTO, start_percent=0.2, end_percent=1.0, dens
                     strict, verbose)
 
 
-def why_invalid(read_method, start_percent=None, end_percent=None, dense_blocks=None) -> str | bool:
-    """True, or the sentence of the first ValueError that the method or the shared widgets raise.
+def why_invalid(read: Callable, value) -> str | bool:
+    """True, or the sentence of the ValueError that `read` raises for a widget's value; None is fed by a link.
 
-    For a node's validate_inputs, where a widget that is fed by a link is None until the node runs.
+    For a node's validate_inputs, which may name one widget only: ComfyUI shows what it returns at every one that it
+    names. What it does not name is checked when the node executes.
     """
     try:
-        read_method()
-        read_settings(start_percent=start_percent or 0.0, end_percent=1.0 if end_percent is None else end_percent,
-                      dense_blocks=dense_blocks or "")
+        if value is not None:
+            read(value)
     except ValueError as error:
         return str(error)
     return True

@@ -23,6 +23,10 @@ SLOWER = "sparse would be slower here"
 KEEPS_ALL = "nothing would be left out"
 
 
+class _DoesNotFit(Exception):
+    """The settings cannot be used on this clip, whatever the kernel; the cause says why."""
+
+
 class SparseCalls:
     """Runs the calls of one hook through its method, on a kernel that is right and, with `auto`, faster than dense."""
 
@@ -53,6 +57,11 @@ class SparseCalls:
                     raise
                 run.warn(str(error))
                 return None, "no kernel"
+            except _DoesNotFit as error:
+                if self.insists:
+                    raise error.__cause__ from None
+                run.warn(str(error.__cause__))
+                return None, "the settings do not fit this clip"
             except StaysDense as reason:
                 return None, str(reason)
             except comfy.model_management.InterruptProcessingException:
@@ -77,7 +86,10 @@ class SparseCalls:
         run, step = call.step.run, call.step
         key = (grid, q.device)
         if key not in run.plans:
-            run.plans[key] = self.method.plan(grid, q.device)
+            try:
+                run.plans[key] = self.method.plan(grid, q.device)
+            except ValueError as error:
+                raise _DoesNotFit from error
         plan, contest = run.plans[key], None
         if (self.settings.backend == kernels.AUTO and self.method.dense_serves
                 and self.method.keeps_all(plan, q.shape[2], call)):

@@ -168,11 +168,8 @@ class SlidingTileAttentionPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, window=None, tile_size=None, start_percent=None, end_percent=None, dense_blocks=None):
-        return why_invalid(
-            lambda: read_method(DEFAULT_WINDOW if window is None else window,
-                                AUTO_TILE if tile_size is None else tile_size),
-            start_percent, end_percent, dense_blocks)
+    def validate_inputs(cls, tile_size=None):
+        return why_invalid(lambda text: read_method(DEFAULT_WINDOW, text), tile_size)
 
     @classmethod
     def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, **settings) -> io.NodeOutput:

@@ -145,9 +145,8 @@ class VideoSparseAttentionPatch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size=None, start_percent=None, end_percent=None, dense_blocks=None):
-        return why_invalid(lambda: read_method(0.0, AUTO_TILE if tile_size is None else tile_size),
-                           start_percent, end_percent, dense_blocks)
+    def validate_inputs(cls, tile_size=None):
+        return why_invalid(lambda text: read_method(0.0, text), tile_size)
 
     @classmethod
     def execute(cls, model, sparsity, tile_size=AUTO_TILE, **settings) -> io.NodeOutput:

@@ -63,11 +63,7 @@ class LoadSTAStrategy(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strategy_name=None, grid_tiles=None):
-        try:
-            parse_tiles(grid_tiles)
-        except ValueError as error:
-            return str(error)
+    def validate_inputs(cls, strategy_name=None):
         if strategy_name is not None and strategy_name not in folder_paths.get_filename_list(FOLDER):
             return (f"strategy file {strategy_name!r} is not in models/{FOLDER} nor in output/{FOLDER}: put it there "
                     "and refresh the page")
@@ -116,11 +112,7 @@ class SaveSTAStrategy(io.ComfyNode):
 
     @classmethod
     def execute(cls, strategy, filename_prefix="strategy", grid_tiles="") -> io.NodeOutput:
-        root = os.path.join(folder_paths.get_output_directory(), FOLDER)
-        os.makedirs(root, exist_ok=True)
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        path = unused(Path(folder), name, counter, Path(root))
-        save_strategy(strategy, path, parse_tiles(grid_tiles))
+        path = write_strategy(strategy, filename_prefix, parse_tiles(grid_tiles))
         text = f"saved {path.name}: {describe(strategy)}"
         return io.NodeOutput(str(path), ui={"text": [text]})
 
@@ -136,6 +128,19 @@ def unused(folder: Path, name: str, counter: int, root: Path) -> Path:
     while any((other / f"{name}_{counter:05}{end}").exists() for other in folders for end in ("_.json", ".json")):
         counter += 1
     return folder / f"{name}_{counter:05}_.json"
+
+
+def write_strategy(strategy, prefix: str, tiles=None) -> Path:
+    """Writes a strategy to output/sta_strategies under a name that no strategy file has -> its path.
+
+    tiles: in FastVideo's form, for a clip of so many; None: in this pack's.
+    """
+    root = os.path.join(folder_paths.get_output_directory(), FOLDER)
+    os.makedirs(root, exist_ok=True)
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    path = unused(Path(folder), name, counter, Path(root))
+    save_strategy(strategy, path, tiles)
+    return path
 
 
 def describe(strategy) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from ...vsa_core.tiling import auto_tile_size
 from ...vsa_core.window import parse_window, window_of_share
 from ..hook.method import LayerCall
 from ..hook.run import Run
+from ..hook.verdict import seconds
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Search:
     heads: int
     state_path: str
     announce: Callable[[str], Any]
-    """Called once with the sentence that says what the search costs."""
+    """Called with what the search costs, and then with what is left of it."""
     name: str = "STA search"
     dense_serves = False
     timed = False
@@ -51,6 +53,10 @@ class Search:
     """(step, layer) pairs that an earlier, interrupted search has measured."""
     bar: Any = None
     current: int = -1
+    begun: float = 0.0
+    """When the first step began that this search measures."""
+    steps_done: int = 0
+    steps_left: int = 0
 
     def work(self, plan, heads: int, call: LayerCall) -> None:
         return None
@@ -88,6 +94,7 @@ class Search:
         if step is not None and (step, call.layer) not in self.done:
             if step != self.current:
                 self._keep()
+                self._tell_what_is_left()
                 self.current = step
             errors, norms = candidate_errors(q, k, v, dense, plan, self.table.candidates, backend=call.kernel)
             first = not self.table.calls[step, call.layer]
@@ -126,6 +133,15 @@ class Search:
             part = self.state_path + ".part"
             save_file({name: x.contiguous() for name, x in self.table.state().items()}, part)
             os.replace(part, self.state_path)
+
+    def _tell_what_is_left(self) -> None:
+        """At the start of a measured step: measured ones are spread evenly, so those that are done tell of the rest."""
+        if self.current < 0:
+            self.begun, self.steps_left = time.perf_counter(), self.measured - len({step for step, _ in self.done})
+            return
+        self.steps_done += 1
+        left = (time.perf_counter() - self.begun) / self.steps_done * (self.steps_left - self.steps_done)
+        self.announce(f"{self.steps_done} of {self.steps_left} steps measured, about {seconds(left)} left")
 
     def _cost(self, done: int, total: int) -> str:
         resumed = f", {done} of {total} already measured" if done else ""

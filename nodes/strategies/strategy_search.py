@@ -16,12 +16,12 @@ from ...vsa_core.search import SearchResult, choose_under_density, choose_under_
 from ..families import family_of
 from ..hook.hook import SparseAttentionHook
 from ..hook.run import Run
-from ..hook.settings import read_settings
+from ..hook.settings import read_settings, why_invalid
 from ..hook.status import show_under_node
 from ..methods.sliding_tile_attention import AUTO_TILE, TILE_SIZES, StrategyType
 from ..methods.sliding_tile_attention import read_method as read_sta
 from .search_key import search_key
-from .strategy_files import FOLDER
+from .strategy_files import FOLDER, write_strategy
 from .strategy_map import draw_strategy
 from .strategy_measurement import AUTO_CANDIDATES, Search, parse_candidates
 
@@ -40,7 +40,7 @@ class STAStrategySearch(io.ComfyNode):
             description=(
                 "Samples your clip densely once and measures, in some of the steps, how much each head of each layer "
                 "loses under each candidate window. Then gives every head the cheapest window it can live with. "
-                "Minutes, not hours; can be interrupted and goes on where it stopped."),
+                "Minutes, not hours; can be interrupted and goes on where it stopped. The result is saved by itself."),
             search_aliases=["STA", "mask search", "calibrate sparse attention"],
             is_output_node=True,
             inputs=[
@@ -50,7 +50,9 @@ class STAStrategySearch(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="As in your sampler. Unused at cfg 1."),
                 io.Latent.Input("latent_image", tooltip="The clip's size. The strategy fits other sizes too."),
                 io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff,
-                             tooltip="The noise that the search samples from."),
+                             control_after_generate=io.ControlAfterGenerate.fixed,
+                             tooltip="The noise that the search samples from. Keep it fixed: an interrupted search "
+                                     "goes on only with the same seed, and a finished one is not done again."),
                 io.Int.Input("steps", default=12, min=1, max=1000,
                              tooltip="Steps of the dense sampling that the search looks into."),
                 io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1,
@@ -85,30 +87,24 @@ class STAStrategySearch(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, candidates=None, tile_size=None, measured_steps=None, steps=None):
-        try:
-            if candidates is not None:
-                parse_candidates(candidates)
-            if tile_size is not None:
-                read_sta("1x1x1", tile_size)
-            if None not in (measured_steps, steps) and measured_steps > steps:
-                raise ValueError(f"measured_steps {measured_steps} of {steps} steps: wanted at most as many as steps")
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, tile_size=None):
+        return why_invalid(lambda text: read_sta("1x1x1", text), tile_size)
 
     @classmethod
     def execute(cls, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler,
                 measured_steps=4, goal=ERROR, max_error=0.15, max_density=0.3, candidates=AUTO_CANDIDATES,
                 tile_size=AUTO_TILE, backend="auto") -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        parse_candidates(candidates)
+        if measured_steps > steps:
+            raise ValueError(f"measured_steps {measured_steps} of {steps} steps: wanted at most as many as steps")
         family, net = family_of(model.model), model.model.diffusion_model
         layers, heads = family.layer(net, {}, 0)[1], family.heads(net)[0]
         if not layers:
             raise ValueError(f"the number of layers of this {family.name} model is not known: a search needs it")
         state = _state_path(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler,
-                            min(measured_steps, steps), candidates, tile_size, backend)
-        search = Search(candidates, read_sta("1x1x1", tile_size).tile_size, min(measured_steps, steps), layers, heads,
+                            measured_steps, candidates, tile_size, backend)
+        search = Search(candidates, read_sta("1x1x1", tile_size).tile_size, measured_steps, layers, heads,
                         state, lambda text: (log.info("[STA] %s", text), show_under_node(text, node_id)))
         settings = read_settings(backend=backend, start_percent=0.0, min_tokens=0, strict=True)
         patched = SparseAttentionHook.install(model, search, settings)
@@ -118,7 +114,9 @@ class STAStrategySearch(io.ComfyNode):
                           type(model.model).__name__)
         if os.path.exists(state):
             os.remove(state)
-        report, image = report_text(result), draw_strategy(result)
+        saved = write_strategy(result.strategy, f"search_{type(model.model).__name__}")
+        report = f"saved as {saved.name}: Load STA Strategy finds it\n{report_text(result)}"
+        image = draw_strategy(result)
         show_under_node(report, node_id)
         return io.NodeOutput(result.strategy, report, image,
                              ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": [report]})

@@ -92,9 +92,7 @@ def test_a_strategy_for_another_model_is_refused_with_both_sides(wan, sta, layer
     ("1.5x0.5x0.5", "wanted a fraction above 0 and at most 1"), ("1x0.5x0.5", "mixes tiles and fractions"),
     ("3x3", "wanted time x height x width"), ("wide", "wanted time x height x width"),
 ])
-def test_a_window_that_is_none_is_refused_before_and_at_execution(wan, sta, window, message):
-    from pack.nodes.methods.sliding_tile_attention import SlidingTileAttentionPatch
-    assert message in SlidingTileAttentionPatch.validate_inputs(window=window)
+def test_a_window_that_is_none_is_refused_at_execution(wan, sta, window, message):
     with pytest.raises(ValueError, match=message):
         sta(wan, window)
 
@@ -138,8 +136,9 @@ def test_a_strategy_file_that_is_none_is_refused_by_name(comfyui):
         file.write('{"0_0_0": [1, 1,')
     with pytest.raises(ValueError, match="cut.json: no JSON at line 1.*may be cut short"):
         strategy_files.LoadSTAStrategy.execute("cut.json")
-    assert "is not in models" in strategy_files.LoadSTAStrategy.validate_inputs("absent.json", "")
-    assert "wanted tiles along" in strategy_files.LoadSTAStrategy.validate_inputs("cut.json", "5x6")
+    assert "is not in models" in strategy_files.LoadSTAStrategy.validate_inputs("absent.json")
+    with pytest.raises(ValueError, match="wanted tiles along"):
+        strategy_files.LoadSTAStrategy.execute("cut.json", "5x6")
 
 
 def test_dense_attention_forced_on_the_selector_is_what_runs_and_is_counted(wan, sta, run_of, draw):

@@ -87,7 +87,7 @@ def test_a_density_goal_is_kept(wan, search):
 
 def test_an_error_bound_of_zero_keeps_everything(wan, search):
     strategy, report = search(wan, max_error=0.0)[:2]
-    assert report.startswith("density 100.0%, error 0.000")
+    assert report.splitlines()[1].startswith("density 100.0%, error 0.000")
     assert set(strategy.windows) == {(1.0, 1.0, 1.0)}
 
 
@@ -145,10 +145,25 @@ def test_the_cost_is_said_before_the_search_starts(wan, search, caplog):
     ({"candidates": "9x9x9"}, "too small for these windows"),
 ])
 def test_candidates_that_are_none_are_refused(wan, search, widgets, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         search(wan, latent=LATENT, **widgets)
 
 
-def test_more_measured_steps_than_steps_are_refused(comfyui):
-    from pack.nodes.strategies.strategy_search import STAStrategySearch
-    assert "measured_steps 9 of 4 steps" in STAStrategySearch.validate_inputs(measured_steps=9, steps=4)
+def test_more_measured_steps_than_steps_are_refused(wan, search):
+    with pytest.raises(ValueError, match="measured_steps 9 of 4 steps"):
+        search(wan, latent=LATENT, measured_steps=9, steps=4)
+
+
+def test_what_is_left_is_told_and_the_result_is_saved_by_itself(wan, search, caplog):
+    import logging
+    import re
+
+    import folder_paths
+
+    from pack.nodes.strategies.strategy_files import FOLDER, LoadSTAStrategy, strategy_names
+    with caplog.at_level(logging.INFO):
+        strategy, report = search(wan, latent=(8, 16, 32), steps=4, measured_steps=3)[:2]
+    assert re.findall(r"(\d) of 3 steps measured, about [\d.]+ s left", caplog.text) == ["1", "2"]
+    name = re.match(r"saved as (search_\S+\.json): Load STA Strategy finds it\n", report).group(1)
+    assert name in strategy_names() and folder_paths.get_full_path(FOLDER, name)
+    assert LoadSTAStrategy.execute(name)[0] == strategy
