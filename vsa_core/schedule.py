@@ -19,6 +19,11 @@ class DenseBlocks:
         """Whether the block is in the set. A negative number needs `total_blocks`; without it, it matches nothing."""
         return any(self._within(block_index, total_blocks, first, last) for first, last in self.ranges)
 
+    def beyond(self, total_blocks: int) -> list[str]:
+        """The ranges, as text, that name no block of a model of so many."""
+        return [str(first) if first == last else f"{first}-{last}" for first, last in self.ranges
+                if first >= total_blocks or last < -total_blocks]
+
     @staticmethod
     def _within(block_index: int, total_blocks: int | None, first: int, last: int) -> bool:
         if first < 0:

@@ -9,16 +9,15 @@ import logging
 import threading
 from collections.abc import Callable
 
-import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ... import kernels
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from ..families import VideoFamily, family_of
 from ..families.running_block import running_block, told_apart
+from .beforehand import blocks_that_are_not_there, prove_kernels
 from .chain import hooks_from
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
@@ -34,8 +33,6 @@ from .status import node_text, replaced_text, show_under_node, status_text, unse
 log = logging.getLogger(__name__)
 
 OVERRIDE = "optimized_attention_override"
-PROOF_BYTES = 512 << 20
-"""Room on the GPU for the problems of a proof."""
 _numbers = itertools.count()
 
 
@@ -46,6 +43,8 @@ class SparseAttentionHook:
         self.method, self.settings, self.family, self.node_id = method, settings, family, node_id
         self.runs: list[Run] = []
         """Those of the prompt that sampled last, in order."""
+        self.warnings: list[str] = []
+        """What every run of this hook has to say."""
         self._run: Run | None = None
         self._run_is_implicit = False
         self._inside = threading.local()
@@ -74,7 +73,9 @@ class SparseAttentionHook:
         was chosen by name, or `strict` asks for one, and none can run this model on its device.
         """
         hook = cls(method, settings, family_of(model.model), node_id)
-        hook._prove_kernels(model)
+        hook.warnings = blocks_that_are_not_there(model, hook.family, settings)
+        if why_off := prove_kernels(model, hook.family, settings, node_id):
+            show_under_node(f"{method.name} will be OFF: {why_off}", node_id)
         clone = model.clone()
         options = clone.model_options.setdefault("transformer_options", {})
         hook._remove_same_method(clone, options)
@@ -103,27 +104,6 @@ class SparseAttentionHook:
                     if old._found_override is None:
                         del options[OVERRIDE]
 
-    def _prove_kernels(self, model) -> None:
-        """The kernels that this model will ask for are proven on its card now, not in the middle of a sampling."""
-        base = model.model
-        dtype = getattr(base, "get_dtype_inference", base.get_dtype)()
-        call = kernels.Call.on(model.load_device, dtype, self.family.heads(base.diffusion_model)[1])
-        if call.device_type == "cuda":
-            comfy.model_management.free_memory(PROOF_BYTES, model.load_device)
-        try:
-            kernels.prove_kernels(call, self.settings.backend, lambda text: show_under_node(text, self.node_id))
-        except kernels.NoKernel as error:
-            if self.calls.insists:
-                raise
-            text = f"{self.method.name} will be OFF: {error}"
-            log.warning("%s", text)
-            show_under_node(text, self.node_id)
-        except torch.OutOfMemoryError as error:
-            if self.calls.insists:
-                raise RuntimeError("there is no room on the GPU to prove the kernel before its first use: close what "
-                                   "uses the GPU's memory and run again") from error
-            log.warning("[%s] no room on the GPU to prove a kernel now: tried again in the sampling", self.method.name)
-
     # -- one sampling -------------------------------------------------------------------------------------------
 
     def _outer_sample(self, executor, *args, **kwargs):
@@ -146,7 +126,9 @@ class SparseAttentionHook:
         return self._run
 
     def _new_run(self) -> Run:
-        return Run(self.method.name, self.settings.backend, *executing())
+        run = Run(self.method.name, self.settings.backend, *executing())
+        run.warnings += self.warnings
+        return run
 
     def _report(self, run: Run) -> None:
         run.finish()

@@ -23,6 +23,11 @@ class Settings:
     strict: bool = False
     verbose: bool = False
 
+    @property
+    def insists(self) -> bool:
+        """Whether the user wants an error rather than dense attention."""
+        return self.strict or self.backend != kernels.AUTO
+
 
 def settings_inputs() -> list:
     """The shared widgets, in their order. `read_settings` takes them by the same names.

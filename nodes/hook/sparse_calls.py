@@ -33,11 +33,6 @@ class SparseCalls:
     def __init__(self, method: Method, settings: Settings):
         self.method, self.settings, self.speed = method, settings, Speed()
 
-    @property
-    def insists(self) -> bool:
-        """Whether the user wants an error rather than dense attention."""
-        return self.settings.strict or self.settings.backend != kernels.AUTO
-
     def run(self, call: LayerCall, grid: TokenGrid, q: Tensor, k: Tensor, v: Tensor, scale: float | None,
             dense: DenseCall) -> tuple[Tensor | None, str | None]:
         """The result for q, k, v [B, S, H, D], or None and why the call has to run dense."""
@@ -53,12 +48,12 @@ class SparseCalls:
                 run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
                 return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
             except kernels.NoKernel as error:
-                if self.insists:
+                if self.settings.insists:
                     raise
                 run.warn(str(error))
                 return None, "no kernel"
             except _DoesNotFit as error:
-                if self.insists:
+                if self.settings.insists:
                     raise error.__cause__ from None
                 run.warn(str(error.__cause__))
                 return None, "the settings do not fit this clip"
@@ -67,7 +62,7 @@ class SparseCalls:
             except comfy.model_management.InterruptProcessingException:
                 raise
             except torch.cuda.OutOfMemoryError as error:
-                if self.insists:
+                if self.settings.insists:
                     raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip, or switch strict "
                                        "off and backend to auto to run such calls dense") from error
                 run.plans.clear()
@@ -76,7 +71,7 @@ class SparseCalls:
             except Exception as error:
                 if spec is None:
                     raise
-                if self.insists:
+                if self.settings.insists:
                     raise RuntimeError(f"kernel {spec.name} failed: {type(error).__name__}: {error}. "
                                        "Choose another backend, or switch strict off to run dense instead") from error
                 run.failed[spec.name] = f"failed in this run: {type(error).__name__}: {error}"

@@ -122,8 +122,8 @@ class VideoSparseAttentionPatch(io.ComfyNode):
             category="model/patch",
             description=(
                 "Makes a video model sample faster: in self-attention every tile of the clip attends only to the "
-                "tiles that matter most to it. Works at any resolution and length. After a run the node says what "
-                "ran sparse, what ran dense and why, and the time both took."),
+                "tiles that matter most to it. Works at any resolution and length. After a run the node says "
+                "whether it was on, whether that was faster, and why not."),
             search_aliases=["VSA", "sparse attention", "FastVideo", "speed up video", "Wan"],
             inputs=[
                 io.Model.Input(

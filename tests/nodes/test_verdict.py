@@ -116,3 +116,10 @@ def test_what_the_node_shows_fits_and_numbers_carry_their_unit(wan, vsa, run_of,
     assert len(shown.splitlines()) <= 4 and len(shown.splitlines()[0]) <= 160
     assert "inside attention" not in report, "sums over different numbers of calls say nothing"
     assert not re.search(r"pack\.|kernels\.|\b[0-9a-f]{12}\b|Error", report)
+
+
+def test_blocks_that_the_model_does_not_have_are_named(wan, vsa, run_of, draw):
+    patched = vsa(wan, 0.5, dense_blocks="0, 38-39, -3, 1-99")
+    draw(patched)
+    assert texts_of(run_of(patched))[0].splitlines()[1] == (
+        "- dense_blocks 38-39, -3: this model has blocks 0 to 1, so that does nothing")
