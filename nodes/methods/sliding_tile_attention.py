@@ -141,7 +141,8 @@ class SlidingTileAttentionPatch(io.ComfyNode):
             description=(
                 "Makes a video model sample faster: in self-attention every tile of the clip attends to a window of "
                 "tiles around it. Works at any resolution and length. A strategy gives every step, layer and head "
-                "a window of its own. After a run the node says whether it was on, whether that was faster, and why not."),
+                "a window of its own. After a run the node says whether it was on, whether that was faster, and why "
+                "not."),
             search_aliases=["STA", "sliding tile", "sparse attention", "local attention", "FastVideo"],
             inputs=[
                 io.Model.Input(
