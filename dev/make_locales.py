@@ -9,7 +9,7 @@ file into the schemas' order, drops what no schema says, and puts a form there f
     "Share of the clip that ...": {"was": "Part of the clip that ...", "zh": "...", "ja": "..."}
 
 Adapt the translations, remove `was` (it is absent where the text is new altogether), run the command again. Until then
-the page shows the schema's English, the command exits with 1 and a test fails. Needs a ComfyUI checkout (comfy_boot.py).
+the page shows the schema's English, the command exits with 1 and a test fails. Needs a ComfyUI (comfy_boot.py).
 """
 import json
 import sys
