@@ -103,7 +103,8 @@ FASTWAN_TEXT = (
     "**FastWan** is Wan 2.1 distilled to three steps and trained with Video Sparse Attention. Its gates are part of "
     "the model{}\n\n- `start_percent` 0 and `sparsity` 0.8 are what it was trained with; `auto` takes its 4x4x4 "
     "tiles.\n- Three steps at timesteps 1000, 757 and 522: sampler `lcm`, sigmas 1.0, 0.757, 0.522, 0. No cfg.\n\n"
-    "Dense, or without its gates, this model gives noise or blur: it is not to be compared with dense attention.")
+    "**What to expect**: {:,} tokens. The report says in how many layers the gates were used. Dense, or without "
+    "its gates, this model gives noise or blur: there is nothing to compare with.")
 FASTWAN_FILES = (
     f"[FastVideo/{FASTWAN}]({hub(f'FastVideo/{FASTWAN}')}) is a diffusers folder. Only its `transformer` is needed:\n\n"
     f"`hf download FastVideo/{FASTWAN} --include \"transformer/*\" --local-dir ComfyUI/models/diffusion_models/"
@@ -136,5 +137,5 @@ def fastwan(page, attach=False):
     sigmas = page.add("ManualSigmas", "DMD schedule: 1000, 757, 522", (320, 0), sigmas="1.0, 0.757, 0.522, 0.0")
     made, c = sampling(page, 4, (b.right + 20, 80), guider, "lcm", sigmas, empty[0], [PASSAGE])
     finish(page, 5, c, "vsa", 16.0, "fastwan_vsa", (made, 0), (patched, made), decoder[0],
-           FASTWAN_TEXT.format(means), b.left, max(b2.bottom, c.bottom) + 20)
+           FASTWAN_TEXT.format(means, parts.tokens(*size)), b.left, max(b2.bottom, c.bottom) + 20)
     parts.model_links(page, (0, a.bottom + 20), more=files, size=(360, 520))
