@@ -34,6 +34,9 @@ class Tiny:
     vae: tuple = (16, 4, 8)
 
 
+SMALLEST = Tiny()
+
+
 def bypassed(workflow, *kinds):
     """The workflow with the nodes of these types bypassed, as Ctrl+B does."""
     return {**workflow, "nodes": [{**node, "mode": BYPASS} if node["type"] in kinds else node
@@ -85,7 +88,7 @@ def to_prompt(workflow, object_info):
     return prompt
 
 
-def shrink(prompt, checkpoint, tiny=Tiny()):  # noqa: B008 (frozen)
+def shrink(prompt, checkpoint, tiny=SMALLEST):
     """The same graph with a tiny checkpoint, random conditioning and VAE, a small clip and few steps."""
     small = {}
     for node_id, node in prompt.items():
