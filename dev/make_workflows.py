@@ -1,17 +1,19 @@
-"""Write the example workflows (UI format) from the short descriptions in workflow_graphs.py.
+"""Write the example workflows (UI format) from the descriptions in graphs/.
 
     python dev/make_workflows.py
 
-A workflow lists its nodes with their widget values by name; this script looks the order of inputs and widgets up
-in the pack's and ComfyUI's own node definitions, so a shipped workflow cannot drift from them. Needs a ComfyUI
-checkout (dev/comfy_boot.py).
+A description names nodes with their widget values; this script looks the order of inputs and widgets up in the pack's
+and ComfyUI's own node definitions, so a shipped workflow cannot drift from them. Needs a ComfyUI checkout
+(dev/comfy_boot.py). Cards for the template browser: dev/make_thumbnails.py.
 """
 import asyncio
 import json
 from pathlib import Path
 
 import comfy_boot
-from workflow_graphs import GRAPHS
+from graphs import GRAPHS
+from graphs.files import models_of
+from graphs.page import Output, Page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,45 +45,60 @@ def default_of(spec):
     return first["key"] if isinstance(first, dict) else first
 
 
-def build(graph):
-    """A UI-format workflow for a graph description."""
-    links, nodes = [], []
-    outgoing = {}
-    for node_id, (node_type, title, pos, size, values) in graph.items():
-        if node_type == "MarkdownNote":
-            nodes.append({"id": node_id, "type": node_type, "title": title, "pos": list(pos), "size": list(size),
-                          "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
-                          "widgets_values": [values["text"]], "color": "#432", "bgcolor": "#000"})
-            continue
-        declared, outputs = definition(node_type)
-        unknown = set(values) - {name for name, _ in declared}
-        if unknown:
-            raise SystemExit(f"{node_type} has no input {', '.join(sorted(unknown))}")
-        inputs, widgets = [], []
-        for name, spec in declared:
-            if isinstance(values.get(name), list):
-                source, slot = values[name]
-                links.append([len(links) + 1, source, slot, node_id, len(inputs), spec[0]])
-                outgoing.setdefault((source, slot), []).append(len(links))
-                inputs.append({"name": name, "type": spec[0], "link": len(links)})
-            elif is_widget(spec):
-                inputs.append({"name": name, "type": spec[0] if isinstance(spec[0], str) else "COMBO",
-                               "widget": {"name": name}, "link": None})
-                widgets.append(values.get(name, default_of(spec)))
-                if (spec[1] if len(spec) > 1 else {}).get("control_after_generate"):
-                    widgets.append("fixed")
-        nodes.append({
-            "id": node_id, "type": node_type, "pos": list(pos), "size": list(size), "flags": {}, "order": len(nodes),
-            "mode": 0, "inputs": inputs,
-            "outputs": [{"name": name, "type": kind, "links": None} for name, kind in outputs],
-            "properties": {"Node name for S&R": node_type}, "widgets_values": widgets,
-            **({"title": title} if title else {})})
-    for node in nodes:
-        for slot, output in enumerate(node["outputs"]):
-            output["links"] = outgoing.get((node["id"], slot), [])
-    return {"id": "", "revision": 0, "last_node_id": max(graph), "last_link_id": len(links), "nodes": nodes,
-            "links": links, "groups": [], "config": {}, "extra": {"ds": {"scale": 0.75, "offset": [20, 20]}},
-            "version": 0.4}
+def note_entry(node):
+    return {"id": node.id, "type": node.kind, "title": node.title, "pos": node.pos, "size": node.size, "flags": {},
+            "order": node.id - 1, "mode": 0, "inputs": [], "outputs": [], "properties": {},
+            "widgets_values": [node.inputs["text"]]}
+
+
+def node_entry(node, links):
+    """A node as the page saves it; its incoming links are appended to `links`."""
+    declared, outputs = definition(node.kind)
+    inputs, widgets = [], []
+    for name, spec in declared:
+        options = spec[1] if len(spec) > 1 else {}
+        value = node.inputs.get(name)
+        kind = spec[0] if isinstance(spec[0], str) else "COMBO"
+        if isinstance(value, Output):
+            links.append([len(links) + 1, value.node.id, value.slot, node.id, len(inputs), kind])
+            inputs.append({"name": name, "type": kind, "link": len(links)})
+        elif is_widget(spec):
+            inputs.append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+            widgets.append(node.inputs.get(name, default_of(spec)))
+            if options.get("control_after_generate"):
+                widgets.append("fixed")
+            if options.get("image_upload"):
+                widgets.append("image")
+        else:
+            inputs.append({"name": name, "type": kind, "shape": 7, "link": None})
+    models = models_of(node)
+    return {
+        "id": node.id, "type": node.kind, "pos": node.pos, "size": node.size, "flags": {}, "order": node.id - 1,
+        "mode": 0, "inputs": inputs,
+        "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
+        "properties": {"Node name for S&R": node.kind, **({"models": models} if models else {})},
+        "widgets_values": widgets, **({"title": node.title} if node.title else {})}
+
+
+def build(draw):
+    """A UI-format workflow: what `draw` puts on a page."""
+    page, links = Page(definition, is_widget), []
+    draw(page)
+    entries = []
+    for node in page.nodes:
+        entry = note_entry(node) if node.kind == "MarkdownNote" else node_entry(node, links)
+        if node.colors:
+            entry["color"], entry["bgcolor"] = node.colors
+        entries.append(entry)
+    by_id = {entry["id"]: entry for entry in entries}
+    for number, source, slot, *_ in links:
+        by_id[source]["outputs"][slot]["links"].append(number)
+    groups = [{"id": place, "title": box.title, "color": box.color, "font_size": 24, "flags": {},
+               "bounding": [box.left, box.top, box.right - box.left, box.bottom - box.top]}
+              for place, box in enumerate(page.boxes, 1)]
+    return {"id": "", "revision": 0, "last_node_id": len(entries), "last_link_id": len(links), "nodes": entries,
+            "links": links, "groups": groups, "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [480, 60]}, "workflowRendererVersion": "LG"}, "version": 0.4}
 
 
 def main():
@@ -89,9 +106,9 @@ def main():
     import nodes
     asyncio.run(nodes.init_builtin_extra_nodes())
     asyncio.run(nodes.load_custom_node(str(ROOT)))
-    for name, graph in GRAPHS.items():
+    for name, draw in GRAPHS.items():
         path = ROOT / "workflows" / f"{name}.json"
-        path.write_text(json.dumps(build(graph), indent=1) + "\n")
+        path.write_text(json.dumps(build(draw), indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
         print(path.relative_to(ROOT))
 
 

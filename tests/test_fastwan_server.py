@@ -8,7 +8,10 @@ from workflow_prompt import shrink, to_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "workflows" / "fastwan_vsa_3step.json"
-LOADER, VSA, REPORT = "1", "5", "13"
+NODES = {node["type"]: str(node["id"]) for node in json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]}
+LOADER, SHIFT, SAMPLER, VSA, REPORT = (NODES[kind] for kind in (
+    "SparseDiffusionModelLoader", "ModelSamplingSD3", "SamplerCustomAdvanced", "VideoSparseAttentionPatch",
+    "SparseAttentionReport"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +41,11 @@ def server(comfyui, models, tmp_path_factory):
 @pytest.fixture
 def prompt(server):
     """The workflow as the page would queue it, on a tiny clip; the latent is saved."""
-    graph = to_prompt(json.loads(WORKFLOW.read_text()), server.get("/object_info")[1])
+    graph = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.get("/object_info")[1])
 
     def small(model, **changes):
         made = shrink(graph, model)
-        made["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": [REPORT, 0], "filename_prefix": "fastwan"}}
+        made["latent"] = {"class_type": "SaveLatent", "inputs": {"samples": [SAMPLER, 0], "filename_prefix": "fastwan"}}
         for node_id, inputs in changes.items():
             made[node_id.strip("_")]["inputs"].update(inputs)
         return made
@@ -55,7 +58,7 @@ def latent(server, entry):
 
 
 def test_the_workflow_names_the_schedule_and_the_settings_that_fastwan_was_trained_with():
-    nodes = {node["type"]: node["widgets_values"] for node in json.loads(WORKFLOW.read_text())["nodes"]}
+    nodes = {node["type"]: node["widgets_values"] for node in json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]}
     assert nodes["ManualSigmas"] == ["1.0, 0.757, 0.522, 0.0"] and nodes["ModelSamplingSD3"] == [8.0]
     assert nodes["KSamplerSelect"] == ["lcm"]
     assert nodes["VideoSparseAttentionPatch"][:2] == [0.8, "auto"] and 0.2 not in nodes["VideoSparseAttentionPatch"]
@@ -94,7 +97,7 @@ def test_gates_attached_to_comfyuis_own_loader_give_the_same_clip(server, prompt
                      "inputs": {"unet_name": "native.safetensors", "weight_dtype": "default"}}
     graph["attach"] = {"class_type": "VSAGatesAttach",
                        "inputs": {"model": [LOADER, 0], "gates": "gates.safetensors", "strength": 1.0}}
-    graph["4"]["inputs"]["model"] = ["attach", 0]
+    graph[SHIFT]["inputs"]["model"] = ["attach", 0]
     assert torch.equal(latent(server, server.run(graph)), wanted)
 
 

@@ -5,16 +5,25 @@ from pathlib import Path
 
 import pytest
 
+from workflow_prompt import Tiny, bypassed, shrink, to_prompt
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 PACK = "video-sparse-attention"
+SMALL, H3 = Tiny(steps=5), Tiny(width=192, height=160, frames=22, steps=5, vae=(24, 4, 16))
+HUNYUAN15 = Tiny(steps=5, vae=(32, 4, 16))
+LTX2 = Tiny(width=192, height=160, frames=33, steps=5, text=128, vae=(128, 8, 32))
 TINY = {
-    "wan_t2v": ("tiny_wan_t2v", {}),
-    "hunyuan_video15_t2v": ("tiny_hunyuan_video15", {"width": 96, "height": 80}),
-    "ltx2_t2v": ("tiny_ltxav", {"width": 192, "height": 160, "frames": 33, "text_width": 128}),
-    "fastwan_vsa_3step": ("tiny_wan_vsa", {}),
+    "wan_t2v": ("tiny_wan_t2v", SMALL), "wan_i2v": ("tiny_wan_i2v", SMALL),
+    "wan_sta_strategy": ("tiny_wan_t2v", Tiny(width=192, height=160)),
+    "wan22_t2v": ("tiny_wan_t2v", SMALL), "wan22_i2v": ("tiny_wan_i2v", SMALL),
+    "fastwan": ("tiny_wan_vsa", SMALL),
+    "hunyuan_video15": ("tiny_hunyuan_video15", HUNYUAN15),
+    "ltx2": ("tiny_ltxav", LTX2),
+    "minimax_h3": ("tiny_minimax_h3", H3),
 }
-"""How a workflow's name starts: the tiny checkpoint that stands for its model, and how its clip is shrunk."""
+"""How a workflow's name starts: the tiny checkpoint that stands for its model, and what that takes."""
+SPARSE = ("VideoSparseAttentionPatch", "SlidingTileAttentionPatch")
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +76,65 @@ def test_every_workflow_is_in_the_template_browser_with_a_thumbnail(server):
         assert status == 200 and body[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_every_workflow_runs_on_a_tiny_checkpoint_and_attends_sparsely(server, object_info, path):
-    from workflow_prompt import shrink, to_prompt
-    checkpoint, clip = next(tiny for name, tiny in TINY.items() if path.stem.startswith(name))
-    prompt = shrink(to_prompt(json.loads(path.read_text()), object_info), f"{checkpoint}.safetensors", steps=5, **clip)
-    entry = server.run(prompt)
-    report = next(node for node in entry["outputs"].values() if "sparse_attention" in node)
-    assert all(run["sparse_calls"] > 0 for run in report["sparse_attention"])
-    assert report["sparse_attention"][0]["method"] == path.stem.replace("_3step", "").split("_")[-1].upper()
-    assert report["images"]
+@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
+def workflow(request, object_info):
+    """A shipped graph; skipped where this ComfyUI lacks a node of it."""
+    graph = json.loads(request.param.read_text(encoding="utf-8"))
+    lacking = {node["type"] for node in graph["nodes"]} - set(object_info) - {"MarkdownNote"}
+    if lacking:
+        pytest.skip(f"this ComfyUI has no {', '.join(sorted(lacking))}")
+    return request.param.stem, graph
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_every_workflow_decodes_and_saves_without_its_report_and_leaves_the_kernel_to_auto(object_info, path):
-    from workflow_prompt import to_prompt
-    prompt = to_prompt(json.loads(path.read_text()), object_info)
+def small(name, graph, object_info):
+    """A shipped graph as a prompt for its tiny checkpoint."""
+    checkpoint, tiny = next(made for start, made in TINY.items() if name.startswith(start))
+    return shrink(to_prompt(graph, object_info), f"{checkpoint}.safetensors", tiny)
+
+
+def test_every_workflow_runs_on_a_tiny_checkpoint_attends_sparsely_and_saves_its_clip(server, object_info, workflow):
+    name, graph = workflow
+    if name == "wan_sta_strategy_load":
+        search = json.loads((ROOT / "workflows" / "wan_sta_strategy_search.json").read_text(encoding="utf-8"))
+        server.run(small("wan_sta_strategy_search", search, object_info))
+    outputs = server.run(small(name, graph, object_info))["outputs"]
+    if name == "wan_sta_strategy_search":
+        assert any("wan2.1_1.3b_480p_0000" in text for node in outputs.values() for text in node["text"])
+        return
+    reports = [node for node in outputs.values() if "sparse_attention" in node]
+    method = "STA" if "sta" in name.split("_") else "VSA"
+    assert len(reports) == sum(node["type"] in SPARSE for node in graph["nodes"])
+    for report in reports:
+        assert report["sparse_attention"] and report["images"]
+        assert all(run["sparse_calls"] > 0 and run["method"] == method for run in report["sparse_attention"])
+    assert [node for node in outputs.values() if str(node.get("images", [{}])[0].get("filename")).endswith(".mp4")]
+
+
+def test_every_workflow_decodes_and_saves_without_its_report_and_leaves_the_kernel_to_auto(object_info, workflow):
+    name, graph = workflow
+    prompt = to_prompt(graph, object_info)
     reports = {node for node, value in prompt.items() if value["class_type"] == "SparseAttentionReport"}
     used = [link[0] for value in prompt.values() for link in value["inputs"].values() if isinstance(link, list)]
-    assert reports and not reports & set(used), "beside the sampler: whatever it says, the clip is finished"
+    assert (reports or name == "wan_sta_strategy_search") and not reports & set(used), "it stands beside the sampler"
     assert all(prompt[node]["inputs"]["images"] for node in reports)
     assert {value["inputs"]["backend"] for value in prompt.values() if "backend" in value["inputs"]} == {"auto"}
+
+
+def test_a_bypassed_sparse_node_leaves_every_sampler_its_model_and_every_decoder_its_latent(object_info, workflow):
+    _, graph = workflow
+    prompt = to_prompt(bypassed(graph, *SPARSE), object_info)
+    assert not [node for node in prompt.values() if node["class_type"] in SPARSE]
+    for node in prompt.values():
+        missing = set(object_info[node["class_type"]]["input"].get("required", {})) - set(node["inputs"])
+        assert not missing, (node["class_type"], missing)
+
+
+@pytest.mark.parametrize("name", ["wan_t2v_vsa", "wan22_i2v_14b_vsa"])
+def test_with_the_sparse_node_bypassed_the_clip_is_sampled_dense_decoded_and_saved(server, object_info, name):
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    outputs = server.run(small(name, bypassed(graph, *SPARSE), object_info))["outputs"]
+    assert any(str(node.get("images", [{}])[0].get("filename")).endswith(".mp4") for node in outputs.values())
+    assert not any(node.get("sparse_attention") for node in outputs.values())
 
 
 def test_the_api_graph_reports_text_numbers_and_a_picture(server, api_graph):

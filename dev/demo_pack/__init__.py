@@ -1,5 +1,5 @@
-"""Nodes for the demo and the tests: random text conditioning and an empty audio latent. ComfyUI has no node that
-makes these without a text encoder or an audio VAE, and none of those is small enough to ship."""
+"""Nodes for the demo and the tests: random text conditioning, an empty audio latent and a VAE without weights. ComfyUI
+has no node that makes these without a text encoder or a VAE, and none of those is small enough to ship."""
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -34,9 +34,44 @@ class DemoAudioLatent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.zeros(1, 8, frames, 16), "type": "audio"})
 
 
+class WithoutWeights:
+    """Shapes of a video VAE: `frames` frames (the first alone) and `pixels` x `pixels` pixels are one latent cell."""
+
+    def __init__(self, channels, frames, pixels):
+        self.channels, self.frames, self.pixels = channels, frames, pixels
+        self.downscale_index_formula = (frames, pixels, pixels)
+
+    def encode(self, images):
+        t, h, w, _ = images.shape
+        gen = torch.Generator().manual_seed(0)
+        return torch.randn(1, self.channels, (t - 1) // self.frames + 1, h // self.pixels, w // self.pixels,
+                           generator=gen)
+
+    def decode(self, latent):
+        b, _, t, h, w = latent.shape
+        grey = latent.float().mean(1, keepdim=True).clamp(-1, 1) / 2 + 0.5
+        size = (t - 1) * self.frames + 1, h * self.pixels, w * self.pixels
+        return torch.nn.functional.interpolate(grey, size).movedim(1, -1).expand(b, *size, 3)
+
+
+class DemoVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DemoVAE", display_name="Demo VAE", category="demo",
+            description="Stands for a video VAE: right shapes, no picture.",
+            inputs=[io.Int.Input("channels", default=16, min=1), io.Int.Input("frames", default=4, min=1),
+                    io.Int.Input("pixels", default=8, min=1)],
+            outputs=[io.Vae.Output()])
+
+    @classmethod
+    def execute(cls, channels, frames, pixels):
+        return io.NodeOutput(WithoutWeights(channels, frames, pixels))
+
+
 class DemoExtension(ComfyExtension):
     async def get_node_list(self):
-        return [DemoConditioning, DemoAudioLatent]
+        return [DemoConditioning, DemoAudioLatent, DemoVAE]
 
 
 async def comfy_entrypoint():
