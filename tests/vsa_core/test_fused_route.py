@@ -61,10 +61,11 @@ def test_what_hidden_tokens_hold_reaches_only_their_own_rows():
     assert torch.equal(impl.attend(q, k, v, md, gate), clean)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 6e-4), (torch.bfloat16, 8e-3)], ids=str)
-@pytest.mark.parametrize("thw, tile, others, gated", [
-    ((5, 5, 6), (4, 4, 4), {}, True), ((3, 9, 7), (3, 5, 4), dict(prefix=2, suffix=3), True),
-    ((5, 5, 9), (4, 4, 8), dict(suffix=65), False), ((4, 9, 8), (4, 8, 8), dict(prefix=1), True),
+@pytest.mark.parametrize("thw, tile, others, gated, dtype, bound", [       # other tests take every dtype to each kernel
+    ((5, 5, 6), (4, 4, 4), {}, True, torch.float16, 6e-4),
+    ((3, 9, 7), (3, 5, 4), dict(prefix=2, suffix=3), True, torch.bfloat16, 8e-3),
+    ((5, 5, 9), (4, 4, 8), dict(suffix=65), False, torch.float16, 6e-4),
+    ((4, 9, 8), (4, 8, 8), dict(prefix=1), True, torch.bfloat16, 8e-3),
 ], ids=str)
 def test_every_triton_kernel_together_gives_what_the_oracle_gives(worker, thw, tile, others, gated, dtype, bound):
     q, k, v, gate = inputs(metadata(thw, tile, **others), dtype, batch=2, heads=1, dim=64)
