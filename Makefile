@@ -16,7 +16,7 @@ OLDEST_READY := $(OLDEST_VENV)/.ready
 GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 FOUND := .cache/comfyui.found
-PARALLEL = -n $${JOBS:-2} --dist loadfile
+PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
