@@ -14,13 +14,13 @@ from . import cuda_sm90, gathered, reference, tile_ops, triton
 from .choice import AUTO, choose, refusal
 from .contest import Contest, Span
 from .proofs import PROOFS, PROVE_COMMAND, words
-from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel
+from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel, listed
 from .tile_grid import TileGrid
 from .tile_ops import select_tiles, tile_means
 
 __all__ = ["BLOCK", "KERNELS", "AUTO", "PROOFS", "PROVE_COMMAND", "Call", "Contest", "KernelSpec", "KernelUnusable",
            "NoKernel", "Span", "TileGrid", "backend_list", "block_sparse_attention", "choose_kernel", "explain_kernels",
-           "proof_words", "prove_kernels", "select_tiles", "tile_means"]
+           "listed", "proof_words", "prove_kernels", "select_tiles", "tile_means"]
 
 KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
 
@@ -63,17 +63,7 @@ def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | Non
     names = [spec.name for spec in KERNELS]
     if backend != AUTO and backend not in names:
         raise ValueError(f"unknown kernel {backend!r}: wanted {AUTO!r} or one of {', '.join(names)}")
-    try:
-        return choose(KERNELS, call, PROOFS, backend, exclude, announce)
-    except NoKernel as error:
-        if backend == AUTO:
-            advice = "Attention stays dense."
-        else:
-            others = [name for name, reason in explain_kernels(call, auto=True).items()
-                      if reason is None and name != backend]
-            advice = (f"Choose {' or '.join([AUTO, *others])}, or bypass this node for dense attention." if others
-                      else "Nothing else runs it here: bypass this node for dense attention.")
-        raise NoKernel(f"no kernel for this call: {error}. {advice}") from None
+    return choose(KERNELS, call, PROOFS, backend, exclude, announce)
 
 
 def prove_kernels(call: Call, backend: str = AUTO, announce: Callable[[str], object] | None = None) -> KernelSpec:

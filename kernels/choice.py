@@ -42,4 +42,4 @@ def choose(table: Sequence[KernelSpec], call: Call, proofs: Proofs, backend: str
         if reason is None:
             return spec
         reasons[spec.name] = reason
-    raise NoKernel(" · ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    raise NoKernel(reasons)

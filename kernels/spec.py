@@ -6,7 +6,7 @@ skipping tests all use its sentence.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,12 @@ import torch
 
 from .tile_grid import BLOCK, TileGrid
 
-__all__ = ["BLOCK", "Call", "KernelSpec", "KernelUnusable", "NoKernel", "files_below", "fingerprint"]
+__all__ = ["BLOCK", "Call", "KernelSpec", "KernelUnusable", "NoKernel", "files_below", "fingerprint", "listed"]
+
+CARDS = {(8, 0): "RTX 30 series", (9, 0): "H100 or H200"}
+"""What a user calls the cards that begin with a compute capability, for those that a kernel may need."""
+DEVICES = {"cpu": "CPU", "cuda": "NVIDIA card", "rocm": "AMD card", "mps": "Apple GPU", "xpu": "Intel GPU"}
+"""What a user calls a device by `Call.device_type`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Call:
         """What a user calls the device."""
         if self.device is not None and self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return {"cpu": "CPU"}.get(self.device_type, self.device_type)
+        kind = DEVICES.get(self.device_type, self.device_type)
+        return kind if self.capability is None else f"{kind} of compute capability {_cc(self.capability)}"
 
     @property
     def words(self) -> str:
@@ -94,21 +100,32 @@ class KernelSpec:
     """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 
     def refusal(self, call: Call, auto: bool = False) -> str | None:
-        """Why this kernel cannot run `call`, by its data alone, or None. `auto` also asks whether it could pay."""
-        if call.device_type not in self.device_types:
-            return f"tensors are on {call.device_type}, needs {_any_of(self.device_types)}"
+        """Why this kernel cannot run `call`, by its data alone, or None. `auto` also asks whether it could pay.
+
+        What a user cannot change comes first, what can be installed last: nobody installs a thing in vain.
+        """
+        if wanted := self._other_card(call):
+            return f"your {call.card} cannot run it (needs {wanted})"
+        if call.dtype not in self.dtypes:
+            return f"it computes in {_any_of([_dtype(x) for x in self.dtypes])}, this model in {_dtype(call.dtype)}"
+        if self.head_dims is not None and call.head_dim not in self.head_dims:
+            return f"it takes heads of {_any_of(self.head_dims)} channels, this model has {call.head_dim}"
         if absent := self.missing():
             return absent
-        if self.min_capability and call.capability is not None and call.capability < self.min_capability:
-            return f"GPU is sm_{_cc(call.capability)}, needs sm_{_cc(self.min_capability)} or newer"
-        if self.capabilities and call.capability is not None and call.capability not in self.capabilities:
-            return f"GPU is sm_{_cc(call.capability)}, needs {_any_of([f'sm_{_cc(c)}' for c in self.capabilities])}"
-        if call.dtype not in self.dtypes:
-            return f"dtype {_dtype(call.dtype)} not in ({', '.join(map(_dtype, self.dtypes))})"
-        if self.head_dims is not None and call.head_dim not in self.head_dims:
-            return f"head_dim {call.head_dim} not in {self.head_dims}"
         if auto and call.device_type not in self.auto_device_types:
-            return f"slower than dense attention on {call.device_type}; runs there only when chosen by name"
+            return f"slower than dense attention on your {call.card}"
+        return None
+
+    def _other_card(self, call: Call) -> str | None:
+        """The cards that it needs where it has none of them, in a user's words."""
+        if call.device_type not in self.device_types:
+            return _any_of([_with_article(DEVICES.get(kind, kind)) for kind in self.device_types])
+        if call.capability is None:
+            return None
+        if self.capabilities and call.capability not in self.capabilities:
+            return _any_of([_cards(x) for x in self.capabilities])
+        if self.min_capability and call.capability < self.min_capability:
+            return f"{_cards(self.min_capability)} or newer"
         return None
 
 
@@ -117,7 +134,19 @@ class KernelUnusable(RuntimeError):
 
 
 class NoKernel(RuntimeError):
-    """No kernel can run a call; the message holds one reason per kernel."""
+    """No kernel can run a call. `reasons`: kernel -> why not."""
+
+    def __init__(self, reasons: Mapping[str, str]):
+        super().__init__(f"no kernel for this call: {listed(reasons)}")
+        self.reasons = dict(reasons)
+
+
+def listed(reasons: Mapping[str, str]) -> str:
+    """Kernels with why they cannot run, each reason once."""
+    kernels: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        kernels.setdefault(reason, []).append(name)
+    return " · ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels.items())
 
 
 def files_below(folder: Path, *patterns: str) -> tuple[Path, ...]:
@@ -138,12 +167,20 @@ def fingerprint(files: tuple[Path, ...]) -> str:
 
 
 def _cc(capability: tuple[int, int]) -> str:
-    return "{}{}".format(*capability)
+    return "{}.{}".format(*capability)
+
+
+def _cards(capability: tuple[int, int]) -> str:
+    return CARDS.get(capability, f"compute capability {_cc(capability)}")
+
+
+def _with_article(device: str) -> str:
+    return f"{'an' if device[0] in 'AEIN' else 'a'} {device}"
 
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _any_of(names: tuple[str, ...]) -> str:
-    return " or ".join(names)
+def _any_of(names: Sequence) -> str:
+    return " or ".join(map(str, names))

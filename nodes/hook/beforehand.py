@@ -8,6 +8,7 @@ import torch
 
 from ... import kernels
 from ..families import VideoFamily
+from .no_kernel import no_kernel_text
 from .settings import Settings
 from .status import show_under_node
 
@@ -20,20 +21,22 @@ PROOF_BYTES = 512 << 20
 def prove_kernels(model, family: VideoFamily, settings: Settings, node_id: str | None) -> str | None:
     """The kernels that `model` (ModelPatcher) will ask for are proven on its card -> why none can run it, or None.
 
-    Raises NoKernel where none can and the settings insist, RuntimeError where there is no room for a proof then.
+    Raises RuntimeError, with what to do, where the settings insist and none can or there is no room for a proof.
     """
     base = model.model
-    dtype = getattr(base, "get_dtype_inference", base.get_dtype)()
+    # A node that sets the precision to compute in patches the model only when it is loaded.
+    dtype = model.object_patches.get("manual_cast_dtype") or getattr(base, "get_dtype_inference", base.get_dtype)()
     call = kernels.Call.on(model.load_device, dtype, family.heads(base.diffusion_model)[1])
     if call.device_type == "cuda":
         comfy.model_management.free_memory(PROOF_BYTES, model.load_device)
     try:
         kernels.prove_kernels(call, settings.backend, lambda text: show_under_node(text, node_id))
     except kernels.NoKernel as error:
+        text = no_kernel_text(error, call, settings.backend)
         if settings.insists:
-            raise
-        log.warning("everything will run dense: %s", error)
-        return str(error)
+            raise RuntimeError(text) from None
+        log.warning("everything will run dense: %s", text)
+        return text
     except torch.OutOfMemoryError as error:
         if settings.insists:
             raise RuntimeError("there is no room on the GPU to prove the kernel before its first use: close what "

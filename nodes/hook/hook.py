@@ -69,8 +69,8 @@ class SparseAttentionHook:
         """A clone of `model` (ModelPatcher) whose video self-attention goes through `method`.
 
         A hook of the same method that the model already has is replaced.
-        Raises ValueError for a model that is no video model or of no known family, and NoKernel when the kernel
-        was chosen by name, or `strict` asks for one, and none can run this model on its device.
+        Raises ValueError for a model that is no video model or of no known family, and RuntimeError when the
+        kernel was chosen by name, or `strict` asks for one, and none can run this model on its device.
         """
         hook = cls(method, settings, family_of(model.model), node_id)
         hook.warnings = blocks_that_are_not_there(model, hook.family, settings)

@@ -28,6 +28,9 @@ class Method(Protocol):
     timed: bool
     """Whether its calls are compared with dense ones by the clock."""
 
+    has_strict: bool
+    """Whether its node has the widget `strict`."""
+
     def keeps_all(self, plan: Any, heads: int, call: LayerCall) -> bool:
         """Whether a call would leave nothing out: dense attention gives the same. Asked where `dense_serves`."""
 

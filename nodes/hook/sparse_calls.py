@@ -13,6 +13,7 @@ from ...kernels import Contest
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from .method import LayerCall, Method, StaysDense
+from .no_kernel import dense_instead, failure_text, no_kernel_text, words_of
 from .run import PROBE, SPARSE, GridRecord, Run
 from .settings import Settings
 from .speed import DenseCall, Speed
@@ -48,9 +49,10 @@ class SparseCalls:
                 run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
                 return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
             except kernels.NoKernel as error:
+                text = no_kernel_text(error, asked, self.settings.backend)
                 if self.settings.insists:
-                    raise
-                run.warn(str(error))
+                    raise RuntimeError(text) from None
+                run.warn(text)
                 return None, "no kernel"
             except _DoesNotFit as error:
                 if self.settings.insists:
@@ -63,8 +65,8 @@ class SparseCalls:
                 raise
             except torch.cuda.OutOfMemoryError as error:
                 if self.settings.insists:
-                    raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip, or switch strict "
-                                       "off and backend to auto to run such calls dense") from error
+                    raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip. "
+                                       + dense_instead(self.settings, self.method.has_strict)) from error
                 run.plans.clear()
                 run.warn("the sparse path ran out of memory: those calls ran dense")
                 return None, "out of memory"
@@ -72,9 +74,9 @@ class SparseCalls:
                 if spec is None:
                     raise
                 if self.settings.insists:
-                    raise RuntimeError(f"kernel {spec.name} failed: {type(error).__name__}: {error}. "
-                                       "Choose another backend, or switch strict off to run dense instead") from error
-                run.failed[spec.name] = f"failed in this run: {type(error).__name__}: {error}"
+                    raise RuntimeError(
+                        failure_text(spec.name, error, self.settings, self.method.has_strict)) from error
+                run.failed[spec.name] = f"failed in this run: {words_of(error)}"
                 log.warning("[%s] kernel %s failed", self.method.name, spec.name, exc_info=True)
 
     def _on_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v, dense: DenseCall):
@@ -141,4 +143,4 @@ class SparseCalls:
             raise
         except Exception as error:
             contest.given_up = True
-            run.note(f"dense attention could not be timed beside it: {type(error).__name__}: {error}")
+            run.note(f"dense attention could not be timed beside it: {words_of(error)}")

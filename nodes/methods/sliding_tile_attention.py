@@ -66,6 +66,7 @@ class SlidingTileMethod:
     name: str = "STA"
     dense_serves = True
     timed = True
+    has_strict = True
 
     def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
         return all(is_full(window, plan.tiles) for window in self._metadata(plan, call).windows(heads))
@@ -155,9 +156,9 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                             "numbers of tiles act as the next odd one. Unused when a strategy is connected."),
                 io.Combo.Input(
                     "tile_size", options=list(TILE_SIZES), default=AUTO_TILE,
-                    tooltip="Tokens per tile, time x height x width. auto takes the compact shape of up to 64 tokens "
-                            "that wastes least at this resolution. 6x8x8 is what published strategies were made "
-                            "for. Any tile of 64, 128, 192, ... tokens is accepted."),
+                    tooltip="Tokens per tile, time x height x width. auto takes the shape of up to 64 tokens that "
+                            "fits this resolution best: nearly a cube, with little padding at the edges. 6x8x8 is what "
+                            "published strategies were made for. Any tile of 64, 128, 192, ... tokens is accepted."),
                 StrategyType.Input(
                     "strategy", optional=True,
                     tooltip="Windows per step, layer and head, from a file or a search. It is fitted to this clip's "

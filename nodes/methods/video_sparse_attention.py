@@ -52,6 +52,7 @@ class VideoSparseMethod:
     gates: GateSet | None = None
     name: str = "VSA"
     timed = True
+    has_strict = True
 
     @property
     def dense_serves(self) -> bool:
@@ -135,9 +136,10 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                             "expect visible changes. Models trained with VSA take 0.8 to 0.9. 0 is dense attention."),
                 io.Combo.Input(
                     "tile_size", options=list(TILE_SIZES), default=AUTO_TILE,
-                    tooltip="Tokens per tile as time x height x width. auto takes the compact shape that wastes "
-                            "least at this resolution. 4x4x4 is what VSA checkpoints were trained with. 128 and 256 "
-                            "tokens choose more coarsely. Any tile of 64, 128, 192, ... tokens is accepted."),
+                    tooltip="Tokens per tile as time x height x width. auto takes the shape that fits this "
+                            "resolution best: nearly a cube, with little padding at the edges. 4x4x4 is what VSA "
+                            "checkpoints were trained with. 128 and 256 tokens choose more coarsely. Any tile of 64, "
+                            "128, 192, ... tokens is accepted."),
                 *settings_inputs(),
             ],
             outputs=[io.Model.Output()],

@@ -29,7 +29,7 @@ def test_a_dry_run_writes_what_was_measured_and_why_the_rest_was_not(gpu, tmp_pa
     for lists in gpu.LISTS:
         assert rows[lists, "reference"]["relative_l2"] <= gpu.TOLERANCE and rows[lists, "reference"]["tflops"] > 0
         assert rows[lists, "FlexAttention, same lists"]["ms"] > 0     # uncompiled it looks at the mask function only
-        assert rows[lists, "cuda_sm90"]["reason"] == "tensors are on cpu, needs cuda"
+        assert rows[lists, "cuda_sm90"]["reason"] == "your CPU cannot run it (needs an NVIDIA card)"
         assert "ms" in rows[lists, "fastvideo-kernel, Triton"] or rows[lists, "fastvideo-kernel, Triton"]["reason"]
     for kernel in report["kernels"].values():
         assert len(kernel["files"]) == 64 and kernel["passed"] is False
@@ -37,7 +37,7 @@ def test_a_dry_run_writes_what_was_measured_and_why_the_rest_was_not(gpu, tmp_pa
     assert whole["kernel"] == "reference" and whole["ms_lowest"] <= whole["ms"] <= whole["ms_highest"]
     assert whole["tile"] == [5, 4, 3] and whole["speedup"] is None, "cuDNN is not here"
     text = target.with_suffix(".md").read_text()
-    assert "dry run: numbers mean nothing" in text and "| tensors are on cpu, needs cuda | | | |" in text
+    assert "dry run: numbers mean nothing" in text and "| your CPU cannot run it (needs an NVIDIA card) | | | |" in text
     assert text in capsys.readouterr().out
 
 
