@@ -1,6 +1,7 @@
 """The nodes that load and save a mask strategy, and the folders they look in."""
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from comfy_api.latest import io
 from ...vsa_core.strategy_files import load_strategy, save_strategy
 from ...vsa_core.window import check_window
 from ..methods.sliding_tile_attention import StrategyType
+
+log = logging.getLogger(__name__)
 
 FOLDER = "sta_strategies"
 NO_FILE = "(put a .json into models/sta_strategies)"
@@ -27,7 +30,13 @@ def register_folders() -> None:
 def strategy_names() -> list[str]:
     """Files that the load node offers; one placeholder that says what to do when there are none."""
     register_folders()
-    return folder_paths.get_filename_list(FOLDER) or [NO_FILE]
+    found = folder_paths.get_filename_list(FOLDER)
+    if not found:
+        try:
+            os.makedirs(os.path.join(folder_paths.models_dir, FOLDER), exist_ok=True)
+        except OSError as error:
+            log.warning("[STA] models/%s cannot be made: %s", FOLDER, error)
+    return found or [NO_FILE]
 
 
 def parse_tiles(text: str):
@@ -64,6 +73,9 @@ class LoadSTAStrategy(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strategy_name=None):
+        if strategy_name == NO_FILE:
+            return (f"there is no strategy yet: put a .json file into models/{FOLDER}, or make one with STA Strategy "
+                    "Search")
         if strategy_name is not None and strategy_name not in folder_paths.get_filename_list(FOLDER):
             return (f"strategy file {strategy_name!r} is not in models/{FOLDER} nor in output/{FOLDER}: put it there "
                     "and refresh the page")

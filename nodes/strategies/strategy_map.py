@@ -34,12 +34,13 @@ def draw_strategy(result: SearchResult) -> Tensor:
     height = 2 * _MARGIN + legend + rows * (strategy.layers * cell + _LINE + _GAP)
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((_MARGIN, _MARGIN), f"density {result.density:.1%}, error {result.error:.3f} on average, "
-              f"{result.worst_error:.3f} at worst. Rows are layers, columns are heads.", fill=INK)
+    draw.text((_MARGIN, _MARGIN), f"{result.density:.1%} of attention is computed; a head moves by "
+              f"{result.error:.1%} on average, {result.worst_error:.1%} at worst. Rows are layers, columns are heads.",
+              fill=INK)
     for i, row in enumerate(result.table):
         top = _MARGIN + _LINE * (i + 1) + 4
         draw.rectangle((_MARGIN, top, _MARGIN + 24, top + 11), fill=colours[row["window"]])
-        draw.text((_MARGIN + 34, top), f"{'x'.join(map(str, row['window']))} tiles, density {row['density']:.1%}: "
+        draw.text((_MARGIN + 34, top), f"{'x'.join(map(str, row['window']))} tiles, {row['density']:.1%} of attention: "
                   f"{row['heads']} heads", fill=INK)
     param = strategy.sta_param(tuple(full))
     for step in range(strategy.steps):

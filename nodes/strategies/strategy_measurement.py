@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,15 +49,16 @@ class Search:
     name: str = "STA search"
     dense_serves = False
     timed = False
+    has_strict = False
     table: ErrorTable | None = None
     done: set = field(default_factory=set)
     """(step, layer) pairs that an earlier, interrupted search has measured."""
     bar: Any = None
     current: int = -1
+    step: int | None = None
+    """The step that is running, and since when; then what steps took, those that are measured and the others."""
     begun: float = 0.0
-    """When the first step began that this search measures."""
-    steps_done: int = 0
-    steps_left: int = 0
+    took: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     def work(self, plan, heads: int, call: LayerCall) -> None:
         return None
@@ -89,12 +91,12 @@ class Search:
 
     def attend(self, plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self._begin(call.step.index, call.step.total)
         dense = self._dense(plan, q, k, v, call.kernel)
         step = self._measured_step(call)
         if step is not None and (step, call.layer) not in self.done:
             if step != self.current:
                 self._keep()
-                self._tell_what_is_left()
                 self.current = step
             errors, norms = candidate_errors(q, k, v, dense, plan, self.table.candidates, backend=call.kernel)
             first = not self.table.calls[step, call.layer]
@@ -112,9 +114,11 @@ class Search:
 
     def _measured_step(self, call: LayerCall) -> int | None:
         """Which of the measured steps this call belongs to: each takes the middle of its part of the schedule."""
-        total = call.step.total
-        places = [(2 * m + 1) * total // (2 * self.measured) for m in range(self.measured)]
+        places = self._places(call.step.total)
         return places.index(call.step.index) if call.step.index in places else None
+
+    def _places(self, total: int) -> list[int]:
+        return [(2 * m + 1) * total // (2 * self.measured) for m in range(self.measured)]
 
     def _resume(self) -> None:
         if not os.path.exists(self.state_path):
@@ -134,19 +138,26 @@ class Search:
             save_file({name: x.contiguous() for name, x in self.table.state().items()}, part)
             os.replace(part, self.state_path)
 
-    def _tell_what_is_left(self) -> None:
-        """At the start of a measured step: measured ones are spread evenly, so those that are done tell of the rest."""
-        if self.current < 0:
-            self.begun, self.steps_left = time.perf_counter(), self.measured - len({step for step, _ in self.done})
+    def _begin(self, step: int, total: int) -> None:
+        """A step begins, or goes on. What those before took tells how long the rest takes, once one was measured."""
+        if step == self.step:
             return
-        self.steps_done += 1
-        left = (time.perf_counter() - self.begun) / self.steps_done * (self.steps_left - self.steps_done)
-        self.announce(f"{self.steps_done} of {self.steps_left} steps measured, about {seconds(left)} left")
+        now, finished = time.perf_counter(), {measured for measured, _ in self.done}
+        places = [place for m, place in enumerate(self._places(total)) if m not in finished]
+        if self.step is not None:
+            self.took[self.step in places].append(now - self.begun)
+            if self.step in places:
+                measured = statistics.mean(self.took[True])
+                usual = statistics.mean(self.took[False] or [measured / self.table.work])
+                left = sum(measured if place in places else usual for place in range(step, total))
+                done = len(finished) + len(self.took[True])
+                self.announce(f"{done} of {self.measured} steps measured, about {seconds(left)} left")
+        self.step, self.begun = step, now
 
     def _cost(self, done: int, total: int) -> str:
-        resumed = f", {done} of {total} already measured" if done else ""
-        return (f"measuring {len(self.table.candidates)} windows in {self.measured} steps of {self.layers} layers"
-                f"{resumed}: a measured step takes about {self.table.work:.1f} times a dense step's attention")
+        resumed = f" ({done / total:.0%} measured already)" if done else ""
+        return (f"trying {len(self.table.candidates)} windows in {self.measured} steps{resumed}. Attention takes about "
+                f"{self.table.work:.1f} times as long in such a step; how long is left is said after the first")
 
 
 def parse_candidates(text: str) -> list | None:

@@ -12,14 +12,16 @@ from comfy_api.latest import io, ui
 import nodes as host_nodes
 
 from ... import kernels
-from ...vsa_core.search import SearchResult, choose_under_density, choose_under_error, search_result
+from ...vsa_core.search import ErrorTable, SearchResult, choose_under_density, choose_under_error, search_result
 from ..families import family_of
 from ..hook.hook import SparseAttentionHook
 from ..hook.run import Run
 from ..hook.settings import read_settings, why_invalid
 from ..hook.status import show_under_node
+from ..hook.verdict import bullets
 from ..methods.sliding_tile_attention import AUTO_TILE, TILE_SIZES, StrategyType
 from ..methods.sliding_tile_attention import read_method as read_sta
+from .measured import read_measured, write_measured
 from .search_key import search_key
 from .strategy_files import FOLDER, write_strategy
 from .strategy_map import draw_strategy
@@ -65,13 +67,16 @@ class STAStrategySearch(io.ComfyNode):
                              tooltip="How many of the steps are measured, spread evenly. Each stands for its part of "
                                      "any later schedule. More is finer and takes longer."),
                 io.Combo.Input("goal", options=[ERROR, DENSITY], default=ERROR,
-                               tooltip="Bound the error of every head and take what speed that gives, or bound the "
-                                       "density and take the smallest error."),
+                               tooltip="error of every head: no head may move further from dense attention than "
+                                       "max_error, and the speed is what that leaves. density of the whole: at most "
+                                       "max_density of all attention is computed, shared out so that the error is "
+                                       "smallest."),
                 io.Float.Input("max_error", default=0.15, min=0.0, max=1.0, step=0.01,
-                               tooltip="For the first goal: relative L2 error of a head's attention output. "
-                                       "Smaller keeps more; 0 keeps everything."),
+                               tooltip="For the first goal: how far the output of a head may move from dense "
+                                       "attention, as a share of its size. Smaller keeps more; 0 keeps everything."),
                 io.Float.Input("max_density", default=0.3, min=0.01, max=1.0, step=0.01,
-                               tooltip="For the second goal: share of query-key pairs, averaged over everything."),
+                               tooltip="For the second goal: the share of dense attention that is computed, averaged "
+                                       "over steps, layers and heads."),
                 io.String.Input("candidates", default=AUTO_CANDIDATES, optional=True, advanced=True,
                                 tooltip="Windows to try, separated by spaces or semicolons, in tiles (3x3x5) or as "
                                         "fractions of the clip (1.0x0.5x0.3). auto: eight shapes, long in time, "
@@ -102,53 +107,72 @@ class STAStrategySearch(io.ComfyNode):
         layers, heads = family.layer(net, {}, 0)[1], family.heads(net)[0]
         if not layers:
             raise ValueError(f"the number of layers of this {family.name} model is not known: a search needs it")
-        state = _state_path(model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler,
-                            measured_steps, candidates, tile_size, backend)
-        search = Search(candidates, read_sta("1x1x1", tile_size).tile_size, measured_steps, layers, heads,
-                        state, lambda text: (log.info("[STA] %s", text), show_under_node(text, node_id)))
-        settings = read_settings(backend=backend, start_percent=0.0, min_tokens=0, strict=True)
-        patched = SparseAttentionHook.install(model, search, settings)
-        host_nodes.common_ksampler(patched, seed, steps, cfg, sampler_name, scheduler, positive, negative,
-                                   latent_image, denoise=1.0)
-        result = conclude(search, SparseAttentionHook.of(patched)[-1].last_run, goal, max_error, max_density,
-                          type(model.model).__name__)
-        if os.path.exists(state):
-            os.remove(state)
-        saved = write_strategy(result.strategy, f"search_{type(model.model).__name__}")
-        report = f"saved as {saved.name}: Load STA Strategy finds it\n{report_text(result)}"
+        unfinished, measured = _paths(model, positive, negative, latent_image, seed, steps, cfg, sampler_name,
+                                      scheduler, measured_steps, candidates, tile_size, backend)
+        known = read_measured(measured)
+        if known is None:
+            search = Search(candidates, read_sta("1x1x1", tile_size).tile_size, measured_steps, layers, heads,
+                            unfinished, lambda text: (log.info("[STA] %s", text), show_under_node(text, node_id)))
+            settings = read_settings(backend=backend, start_percent=0.0, min_tokens=0, strict=True)
+            patched = SparseAttentionHook.install(model, search, settings)
+            host_nodes.common_ksampler(patched, seed, steps, cfg, sampler_name, scheduler, positive, negative,
+                                       latent_image, denoise=1.0)
+            known = table_of(search, SparseAttentionHook.of(patched)[-1].last_run), {}
+            write_measured(measured, *known)
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+        else:
+            log.info("[STA] this search was finished before: nothing is sampled")
+        table, saved = known
+        result = conclude(table, goal, max_error, max_density, type(model.model).__name__)
+        by = f"error_{max_error:g}" if goal == ERROR else f"density_{max_density:g}"
+        if by not in saved or not os.path.exists(os.path.join(os.path.dirname(measured), saved[by])):
+            prefix = f"{type(model.model).__name__}_{_x(table.grid.thw)}_{by}"
+            saved[by] = write_strategy(result.strategy, prefix).name
+            write_measured(measured, table, saved)
+        report = f"saved as output/{FOLDER}/{saved[by]}: Load STA Strategy lists it\n{report_text(result)}"
         image = draw_strategy(result)
         show_under_node(report, node_id)
         return io.NodeOutput(result.strategy, report, image,
                              ui={**ui.PreviewImage(image, cls=cls).as_dict(), "text": [report]})
 
 
-def conclude(search: Search, run: Run, goal: str, max_error: float, max_density: float, model: str) -> SearchResult:
-    """The strategy that the measurement leads to. Raises ValueError when there was nothing to measure."""
+def table_of(search: Search, run: Run) -> ErrorTable:
+    """What a search has measured in a run. Raises ValueError where there was nothing to measure, or not all was."""
     if search.table is None:
         reasons = ", ".join(f"{name} ({count} calls)" for name, count in (run.other + run.dense).most_common())
         raise ValueError(f"no self-attention of the clip was seen, so nothing was measured. Seen instead: {reasons}")
-    errors = search.table.relative()
-    choice = (choose_under_error(errors, search.table.densities, max_error) if goal == ERROR
-              else choose_under_density(errors, search.table.densities, max_density))
-    return search_result(search.table, choice, model)
+    search.table.relative()
+    return search.table
+
+
+def conclude(table: ErrorTable, goal: str, max_error: float, max_density: float, model: str) -> SearchResult:
+    """The strategy that a measurement leads to."""
+    errors = table.relative()
+    choice = (choose_under_error(errors, table.densities, max_error) if goal == ERROR
+              else choose_under_density(errors, table.densities, max_density))
+    return search_result(table, choice, model)
 
 
 def report_text(result: SearchResult) -> str:
-    """Density and error foreseen, and a line per window."""
-    lines = [f"density {result.density:.1%}, error {result.error:.3f} on average, {result.worst_error:.3f} at worst",
-             "window       density   heads    error   error if all heads had it"]
+    """What the strategy computes and how far that moves the heads, then a line per window: Markdown, and plain text."""
+    lines = [f"density {result.density:.1%}: so much of dense attention is computed",
+             f"the output of a head moves by {result.error:.1%} on average, by {result.worst_error:.1%} at worst; "
+             "dense attention is 0%"]
     total = sum(row["heads"] for row in result.table)
     for row in result.table:
-        error = "-" if row["error"] is None else f"{row['error']:.3f}"
-        lines.append(f"{_x(row['window']):12s} {row['density']:7.1%} {row['heads'] / total:7.1%} {error:>8s}   "
-                     f"{row['error_of_all']:.3f}")
-    return "\n".join(lines)
+        moved = "" if row["error"] is None else f", which move by {row['error']:.1%}"
+        lines.append(f"window {_x(row['window'])} ({row['density']:.1%} of attention): taken by "
+                     f"{row['heads'] / total:.1%} of the heads{moved}; all heads would move by "
+                     f"{row['error_of_all']:.1%}")
+    return "\n".join(bullets(lines))
 
 
-def _state_path(model, *inputs) -> str:
-    """Where an unfinished search of the same inputs is kept."""
-    name = f"unfinished_{search_key(model, *inputs)}.safetensors"
-    return os.path.join(folder_paths.get_output_directory(), FOLDER, name)
+def _paths(model, *inputs) -> list[str]:
+    """Where a search of these inputs is kept while it is unfinished, and what it measured once it is finished."""
+    key = search_key(model, *inputs)
+    return [os.path.join(folder_paths.get_output_directory(), FOLDER, f"{name}_{key}.safetensors")
+            for name in ("unfinished", "measured")]
 
 
 def _x(thw) -> str:

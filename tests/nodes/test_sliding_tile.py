@@ -123,6 +123,19 @@ def test_files_are_saved_listed_and_loaded(wan, sta, draw, comfyui):
     assert torch.equal(draw(sta(wan, strategy=loaded), (9, 20, 24)), draw(sta(wan, strategy=strategy), (9, 20, 24)))
 
 
+def test_the_folder_that_the_loader_names_is_there_and_its_hint_is_no_file(comfyui, tmp_path, monkeypatch):
+    import folder_paths
+
+    from pack.nodes.strategies import strategy_files
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, strategy_files.FOLDER, ([], {".json"}))
+    monkeypatch.delitem(folder_paths.filename_list_cache, strategy_files.FOLDER, raising=False)
+    (hint,) = strategy_files.strategy_names()
+    assert "models/sta_strategies" in hint and (tmp_path / "models" / "sta_strategies").is_dir()
+    assert strategy_files.LoadSTAStrategy.validate_inputs(hint).startswith("there is no strategy yet: put a .json")
+
+
 def test_a_strategy_file_that_is_none_is_refused_by_name(comfyui):
     import os
 
