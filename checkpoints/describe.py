@@ -8,6 +8,9 @@ from .trained import UNKNOWN, Trained
 
 SIZES = {(30, 1536): "1.3B", (40, 5120): "14B", (30, 3072): "5B"}
 """Wan by layers and width."""
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+FORMS = {"diffusers": " in diffusers' form", "mixed": " in FastVideo's form"}
+"""What is said of a naming; ComfyUI's own is what a user expects."""
 
 
 def describe(plan: Plan, model_class: str = "") -> str:
@@ -20,10 +23,11 @@ def describe(plan: Plan, model_class: str = "") -> str:
     count = f"{total / 1e9:.2f} billion" if total >= 1e8 else f"{total / 1e6:.2f} million"
     size = SIZES.get((plan.layers, plan.width), "") if plan.family == "Wan" else ""
     family = " ".join(filter(None, (plan.family if plan.layers else model_class or "a model", size)))
-    built = f": {plan.layers} layers, width {plan.width}" if plan.layers else ""
+    dtype = weights.most_common(1)[0][0]
+    built = f"{plan.layers} layers of width {plan.width}, " if plan.layers else ""
     files = len(plan.checkpoint.files)
-    lines = [f"{family}{built}, {count} weights, {weights.most_common(1)[0][0]}, {plan.naming} names, "
-             f"{files} file{'s' if files > 1 else ''}"]
+    lines = [f"{family}: {built}{count} weights in {DTYPES.get(dtype, dtype)}, read from {files} "
+             f"file{'s' if files > 1 else ''}{FORMS.get(plan.naming, '')}"]
     if plan.checkpoint.remark:
         lines.append(plan.checkpoint.remark)
     if plan.per_head_gates:

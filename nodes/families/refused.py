@@ -6,10 +6,9 @@ from .abstract import built_on
 _IMAGES = "it makes images, which have no time axis to cut"
 
 REFUSED: tuple[tuple[str, str, str], ...] = (
-    ("CausalWanModel", "wan", "it makes a clip block by block from cached keys, and ComfyUI runs those blocks "
-                              "without the attention hook, so nothing could run sparse"),
-    ("NaDiT", "seedvr", "it attends inside small windows already, and ComfyUI runs it without the attention hook, "
-                        "so nothing could run sparse"),
+    ("CausalWanModel", "wan", "it makes a clip piece by piece, and ComfyUI lets no node change how it attends to the "
+                              "pieces before"),
+    ("NaDiT", "seedvr", "it looks only at small windows already, and ComfyUI lets no node change that"),
     ("QwenImageTransformer2DModel", "qwen_image", _IMAGES),
     ("JoyImageTransformer3DModel", "joyimage", _IMAGES),
     ("SingleStreamDiT", "krea2", _IMAGES),

@@ -32,8 +32,10 @@ def with_gates(model, path: Path, strength: float = 1.0, node_id: str | None = N
     checkpoint = open_checkpoint(path)
     found = find_gates(checkpoint.tensors)
     if not found:
-        what = "a LoRA without gates" if is_lora(checkpoint.tensors) else "a model without gates"
-        raise CheckpointError(f"{path} is {what}: wanted to_gate_compress in every layer, as VSA-trained models have")
+        what = "LoRA" if is_lora(checkpoint.tensors) else "model"
+        raise CheckpointError(f"{path} is a {what} without VSA gates. Choose the file of a VSA-trained model (FastWan, "
+                              "FastH3, ...) or its LoRA with gates. A model that was not trained with VSA has none and "
+                              "needs none: bypass this node (Ctrl+B)")
     parts = {part for layer in found.values() for part in layer}
     if trained is None:
         config = checkpoint.config if path.is_dir() else {}

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..hook.status import show_under_node
 from .model_files import model_names, model_path
+from .plain_errors import plain_errors
 from .sparse_model import load_sparse_model
 
 # As in ComfyUI's own diffusion model loader.
@@ -46,6 +47,7 @@ class SparseDiffusionModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
-        model, description = load_sparse_model(model_path(model_name), dict(WEIGHT_DTYPES[weight_dtype]), node_id)
+        with plain_errors():
+            model, description = load_sparse_model(model_path(model_name), dict(WEIGHT_DTYPES[weight_dtype]), node_id)
         show_under_node(description, node_id)
         return io.NodeOutput(model, description)

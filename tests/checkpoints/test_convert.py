@@ -152,5 +152,5 @@ def test_the_description_alone_writes_nothing(write, tmp_path):
     model = write("diffusers file")
     before = sorted(tmp_path.iterdir())
     done = run(model, "--describe")
-    assert done.returncode == 0 and "Wan: 3 layers, width 256" in done.stdout
+    assert done.returncode == 0 and "Wan: 3 layers of width 256" in done.stdout
     assert sorted(tmp_path.iterdir()) == before

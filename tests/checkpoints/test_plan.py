@@ -38,7 +38,7 @@ def test_the_real_key_list_of_fastwan_1_3b_maps_completely_in_both_namings(tmp_p
     assert set(plan.names.values()) == {name for name in native if "gate" not in name}
     assert [sorted(parts) for parts in plan.gates.values()] == [["bias", "weight"]] * 30
     assert describe(plan).splitlines() == [
-        "Wan 1.3B: 30 layers, width 1536, 1.49 billion weights, F32, diffusers names, 1 file",
+        "Wan 1.3B: 30 layers of width 1536, 1.49 billion weights in float32, read from 1 file in diffusers' form",
         "VSA gates in 30 of 30 layers",
         "Trained as FastWan2.1-T2V-1.3B: sparsity 0.8, tile 4x4x4, clips of 832x448x61 (width x height x frames)",
         "Sample with 3 steps, sigmas 1, 0.757, 0.522, 0 with lcm, shift 8, cfg 1",

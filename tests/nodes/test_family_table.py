@@ -72,7 +72,7 @@ def test_every_family_and_every_refusal_stands_for_a_model_of_this_comfyui(host_
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("WAN21_CausalAR_T2V", "block by block from cached keys"), ("SeedVR2", "without the attention hook"),
+    ("WAN21_CausalAR_T2V", "piece by piece, and ComfyUI lets no node"), ("SeedVR2", "ComfyUI lets no node"),
     ("QwenImage", "it makes images"), ("Anima", "it makes images"), ("Krea2", "it makes images"),
     ("JoyImage", "it makes images"),
 ])
@@ -87,7 +87,7 @@ def test_a_model_that_is_refused_says_why(host_models, name, reason):
 
 
 def test_the_node_refuses_a_causal_checkpoint_by_name(newest, load_tiny, vsa):
-    with pytest.raises(ValueError, match=r"WAN21_CausalAR \(CausalWanModel\): it makes a clip block by block"):
+    with pytest.raises(ValueError, match=r"WAN21_CausalAR \(CausalWanModel\): it makes a clip piece by piece"):
         vsa(load_tiny("tiny_wan_causal"))
 
 

@@ -151,12 +151,12 @@ def test_a_lora_of_another_model_is_refused(gated, with_gates, write):
 def test_a_lora_without_gates_is_refused(wan, with_gates, write):
     state = {f"diffusion_model.blocks.{n}.self_attn.q.lora_{part}.weight": torch.ones(4, 4)
              for n in range(2) for part in "AB"}
-    with refused(ValueError, "is a LoRA without gates: wanted to_gate_compress in every layer"):
+    with refused(ValueError, "is a LoRA without VSA gates. Choose the file of a VSA-trained model .* bypass this node"):
         with_gates(wan, write(state))
 
 
 def test_a_model_file_without_gates_is_refused(wan, tiny, with_gates):
-    with refused(ValueError, "is a model without gates: wanted to_gate_compress in every layer"):
+    with refused(ValueError, "is a model without VSA gates. Choose the file of a VSA-trained .* bypass this node"):
         with_gates(wan, tiny("tiny_wan_t2v"))
 
 

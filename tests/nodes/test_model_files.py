@@ -228,10 +228,31 @@ def test_the_node_loads_a_pipeline_folder_by_name_and_describes_it(folders, stat
 def test_the_attach_node_takes_a_lora_by_name(folders, wan, state, vsa, run_of, draw):
     from pack.nodes.trained.attach_vsa_gates import VSAGatesAttach
     save({name: value for name, value in state.items() if "gate" in name}, folders / "loras" / "gates.safetensors")
-    assert VSAGatesAttach.define_schema().inputs[1].options == ["loras/gates.safetensors"]
+    assert VSAGatesAttach.define_schema().inputs[1].options[1:] == ["loras/gates.safetensors"]
     patched = vsa(VSAGatesAttach.execute(wan, "loras/gates.safetensors")[0], 0.5)
     draw(patched, (5, 10, 12))
     assert run_of(patched).gated.total() == 4
+
+
+def test_no_file_is_taken_for_gates_that_nobody_has_chosen(folders, wan):
+    from pack.nodes.trained.attach_vsa_gates import VSAGatesAttach
+    first = VSAGatesAttach.define_schema().inputs[1].options[0]
+    assert "no file is chosen" in VSAGatesAttach.validate_inputs(gates=first)
+    assert "is in none of ComfyUI's folders" in VSAGatesAttach.validate_inputs(gates="gone.safetensors")
+    assert VSAGatesAttach.validate_inputs(gates=None) is True, "fed by a link"
+    with pytest.raises(ValueError, match="no file is chosen: choose the one that holds the VSA gates"):
+        VSAGatesAttach.execute(wan, first)
+
+
+def test_an_error_of_a_file_leaves_the_nodes_without_the_path_of_a_class(folders, wan):
+    from pack.nodes.trained.attach_vsa_gates import VSAGatesAttach
+    from pack.nodes.trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
+    (folders / "diffusion_models" / "x.safetensors").write_bytes(b"GGUF" + bytes(64))
+    for run in (lambda: SparseDiffusionModelLoader.execute("x.safetensors"),
+                lambda: VSAGatesAttach.execute(wan, "x.safetensors")):
+        with pytest.raises(ValueError, match="is no safetensors file: found a GGUF file") as error:
+            run()
+        assert type(error.value) is ValueError
 
 
 @pytest.mark.parametrize("node", ["SparseDiffusionModelLoader", "VSAGatesAttach"])
