@@ -171,6 +171,32 @@ def test_bad_widgets_are_refused_when_the_prompt_is_queued(server, api_graph, wi
     assert error["extra_info"]["input_name"] == widget and message in json.dumps(error), "one value, one red input"
 
 
+@pytest.mark.parametrize(("node", "widget", "value", "message"), [
+    ("SlidingTileAttentionPatch", "tile_size", "5x5x5", "holds 125 tokens: wanted a multiple of 64"),
+    ("STAStrategySearch", "tile_size", "5x5x5", "holds 125 tokens: wanted a multiple of 64"),
+    ("LoadSTAStrategy", "strategy_name", "gone.json", "is not in models/sta_strategies nor in output/sta_strategies"),
+    ("VSAGatesAttach", "gates", "(choose the file with the gates)", "no file is chosen: choose the one that holds"),
+    ("VSAGatesAttach", "gates", "gone.safetensors", "is in none of ComfyUI's folders diffusion_models and diffusers"),
+])
+def test_one_bad_value_reddens_one_input_of_every_node(server, api_graph, object_info, node, widget, value, message):
+    """With every other widget in the prompt, as the page puts it there."""
+    prompt = {name: api_graph[name] for name in ("1", "3", "4", "5")}
+    links, inputs, asked = {"MODEL": ["1", 0], "CONDITIONING": ["3", 0], "LATENT": ["5", 0]}, {}, object_info[node]
+    for name, (kind, *options) in {**asked["input"]["required"], **asked["input"].get("optional", {})}.items():
+        if kind in links:
+            inputs[name] = links[kind]
+        elif kind != "STA_STRATEGY":
+            inputs[name] = options[0].get("default", (options[0].get("options") or [None])[0])
+    prompt["it"] = {"class_type": node, "inputs": {**inputs, widget: value}}
+    savers = {"MODEL": ("ModelSave", "model"), "STA_STRATEGY": ("SaveSTAStrategy", "strategy")}
+    saver, socket = savers[asked["output"][0]]
+    prompt["out"] = {"class_type": saver, "inputs": {socket: ["it", 0], "filename_prefix": "x"}}
+    status, answer = server.get("/prompt", {"prompt": prompt})
+    assert status == 400
+    (error,) = answer["node_errors"]["it"]["errors"]
+    assert error["extra_info"]["input_name"] == widget and message in json.dumps(error)
+
+
 @pytest.mark.parametrize(("widgets", "message"), [
     ({"start_percent": 0.8, "end_percent": 0.3}, "start_percent 0.8 is after end_percent 0.3"),
     ({"dense_blocks": "one"}, "dense_blocks: cannot read 'one'"),
@@ -190,7 +216,7 @@ def test_a_legal_tile_that_the_list_does_not_name_is_accepted(server, api_graph)
 def test_a_kernel_that_cannot_run_is_an_error_that_names_the_node_and_the_reason(server, api_graph):
     from comfy_server import PromptError
     api_graph["2"]["inputs"]["backend"] = "triton"
-    with pytest.raises(PromptError, match="VideoSparseAttentionPatch.*tensors are on cpu, needs cuda"):
+    with pytest.raises(PromptError, match=r"VideoSparseAttentionPatch\): RuntimeError: triton: your CPU cannot run it"):
         server.run(api_graph)
 
 
