@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .evidence.compare_clips import CompareClips
 from .evidence.report import SparseAttentionReport
 from .methods.sliding_tile_attention import SlidingTileAttentionPatch
 from .methods.video_sparse_attention import VideoSparseAttentionPatch
@@ -13,7 +14,7 @@ from .trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     VideoSparseAttentionPatch, SparseAttentionReport, SparseDiffusionModelLoader, VSAGatesAttach,
-    SlidingTileAttentionPatch, LoadSTAStrategy, SaveSTAStrategy, STAStrategySearch)
+    SlidingTileAttentionPatch, LoadSTAStrategy, SaveSTAStrategy, STAStrategySearch, CompareClips)
 
 
 class VideoSparseAttentionExtension(ComfyExtension):

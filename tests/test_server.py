@@ -297,7 +297,8 @@ def test_a_strategy_is_searched_saved_listed_loaded_and_run_in_the_server(server
 @pytest.mark.parametrize("least", [False, True], ids=["as it was stored", "with required inputs only"])
 def test_prompts_that_an_earlier_version_stored_run(server, object_info, least):
     """In the order of this list: the second saves the strategy that the third loads."""
-    stored = [ROOT / "tests" / "prompts" / f"0_1_0_{name}.json" for name in ("vsa_gates", "sta_search", "sta_strategy")]
+    names = ("vsa_gates", "sta_search", "sta_strategy", "compare_clips")
+    stored = [ROOT / "tests" / "prompts" / f"0_1_0_{name}.json" for name in names]
     assert set(stored) == set((ROOT / "tests" / "prompts").glob("*.json"))
     for path in stored:
         prompt = json.loads(path.read_text())

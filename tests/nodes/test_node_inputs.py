@@ -20,6 +20,7 @@ WIDGETS_OF_0_1_0 = {
     "SaveSTAStrategy": "filename_prefix grid_tiles",
     "STAStrategySearch": "seed steps cfg sampler_name scheduler measured_steps goal max_error max_density candidates "
                          "tile_size backend",
+    "CompareClips": "",
 }
 """The widgets of each node in the order in which saved graphs hold their values."""
 
