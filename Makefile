@@ -20,7 +20,7 @@ PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick bench aot cubins gpu bench-gpu tune clean FORCE
+.PHONY: help setup demo test test-quick page bench aot cubins gpu bench-gpu tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,6 +39,10 @@ test: $(READY) $(OLDEST_READY) ## ruff and every test, those in a real ComfyUI a
 test-quick: $(READY) ## ruff and the tests that need no ComfyUI
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest -q $(PARALLEL) -m "not host"
+
+page: $(READY) ## the tests of ComfyUI's page in a real browser (needs Chromium: CHROMIUM, default /usr/bin/chromium)
+	$(VENV)/bin/pip install -q playwright
+	$(RUN) REQUIRE_COMFYUI=1 $(VENV)/bin/pytest -q tests/test_page.py
 
 bench: $(READY) ## the reference kernel against dense attention
 	$(VENV)/bin/python benchmarks/reference_vs_sdpa.py
