@@ -8,19 +8,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .tile_map import (
-    _GAP,
-    _HEADLINE,
-    _MARGIN,
-    _TEXT,
-    _WIDTH,
+    GAP,
+    HEADLINE_SIZE,
     INK,
+    MARGIN,
     OUTLINE,
     PAPER,
-    _draw_text,
-    _font,
-    _frame,
-    _text_height,
+    TEXT_SIZE,
+    WIDTH,
     colour,
+    draw_text,
+    font_of,
+    frame_picture,
+    text_height,
     to_image,
 )
 
@@ -47,20 +47,20 @@ def draw_pair(reference: Tensor, clip: Tensor, place: str, headline: str, curve:
     panels = (("reference, " + place, pair[0]), ("clip", pair[1]),
               (f"difference, {factor} times as strong" if factor > 1 else "difference", difference * factor))
     rows, columns = reference.shape[:2]
-    across = (_WIDTH - 2 * _MARGIN - 2 * _GAP) // 3
+    across = (WIDTH - 2 * MARGIN - 2 * GAP) // 3
     scale = min(across / columns, _TALLEST / rows)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
-    text = [(headline, _HEADLINE)]
-    top = _text_height(text) + _MARGIN + 8
-    curve_top = top + _LABEL + 8 + size[1] + _GAP
-    curve_height = _LABEL + _RISE + _CURVE + _LABEL + _GAP if len(curve) > 1 else 0
-    image = Image.new("RGB", (_WIDTH, curve_top + curve_height), PAPER)
+    text = [(headline, HEADLINE_SIZE)]
+    top = text_height(text) + MARGIN + 8
+    curve_top = top + _LABEL + 8 + size[1] + GAP
+    curve_height = _LABEL + _RISE + _CURVE + _LABEL + GAP if len(curve) > 1 else 0
+    image = Image.new("RGB", (WIDTH, curve_top + curve_height), PAPER)
     draw = ImageDraw.Draw(image)
-    _draw_text(draw, text)
+    draw_text(draw, text)
     for number, (label, pixels) in enumerate(panels):
-        left = _MARGIN + number * (across + _GAP)
-        draw.text((left, top), label, fill=INK, font=_font(_LABEL))
-        image.paste(_frame(pixels, 0, 1, size), (left, top + _LABEL + 8))
+        left = MARGIN + number * (across + GAP)
+        draw.text((left, top), label, fill=INK, font=font_of(_LABEL))
+        image.paste(frame_picture(pixels, 0, 1, size), (left, top + _LABEL + 8))
     if curve_height:
         _draw_curve(draw, curve, marked, curve_top)
     return to_image(image)
@@ -77,9 +77,9 @@ def strength(difference: Tensor) -> int:
 def _draw_curve(draw: ImageDraw.ImageDraw, curve: Sequence[float | None], marked: int | None, top: int) -> None:
     known = [value for value in curve if value is not None]
     floor = min(0.75, math.floor(min(known, default=0.0) * 10) / 10)
-    draw.text((_MARGIN, top), "SSIM of every frame (1 is identical)", fill=INK, font=_font(_LABEL))
+    draw.text((MARGIN, top), "SSIM of every frame (1 is identical)", fill=INK, font=font_of(_LABEL))
     top += _LABEL + _RISE
-    left, right, bottom = _MARGIN + 50, _WIDTH - _MARGIN - 8, top + _CURVE
+    left, right, bottom = MARGIN + 50, WIDTH - MARGIN - 8, top + _CURVE
 
     def spot(frame: int, value: float) -> tuple[float, float]:
         return (left + 12 + frame / (len(curve) - 1) * (right - left - 24),
@@ -87,8 +87,8 @@ def _draw_curve(draw: ImageDraw.ImageDraw, curve: Sequence[float | None], marked
     for value in (1.0, 0.8, floor):
         _, y = spot(0, value)
         draw.line((left, y, right, y), fill=colour(0.15))
-        if value != 0.8 or _CURVE * min(0.2, 0.8 - floor) / (1 - floor) > _TEXT:
-            draw.text((left - 8, y), f"{value:g}", fill=INK, font=_font(_TEXT), anchor="rm")
+        if value != 0.8 or _CURVE * min(0.2, 0.8 - floor) / (1 - floor) > TEXT_SIZE:
+            draw.text((left - 8, y), f"{value:g}", fill=INK, font=font_of(TEXT_SIZE), anchor="rm")
     parts: list[list[tuple[float, float]]] = [[]]
     for frame, value in enumerate(curve):
         if value is None:
@@ -106,9 +106,9 @@ def _draw_curve(draw: ImageDraw.ImageDraw, curve: Sequence[float | None], marked
         x, y = spot(marked, curve[marked])
         draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=OUTLINE, width=3)
         words = f"frame {marked + 1}"
-        half = _font(_TEXT).getlength(words) / 2
+        half = font_of(TEXT_SIZE).getlength(words) / 2
         x = min(max(x, left + half), right - half)
-        draw.text((x, row), words, fill=OUTLINE, font=_font(_TEXT), anchor="mm")
+        draw.text((x, row), words, fill=OUTLINE, font=font_of(TEXT_SIZE), anchor="mm")
         ends = [frame for frame in ends if abs(spot(frame, 0)[0] - x) > 2 * half]
     for frame in ends:
-        draw.text((spot(frame, 0)[0], row), str(frame + 1), fill=INK, font=_font(_TEXT), anchor="mm")
+        draw.text((spot(frame, 0)[0], row), str(frame + 1), fill=INK, font=font_of(TEXT_SIZE), anchor="mm")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_WIDTH = 1000
+WIDTH = 1000
 INK, PAPER, OUTLINE = (32, 36, 44), (250, 250, 247), (226, 74, 51)
 _LOW, _HIGH = (231, 233, 236), (18, 78, 138)
-_MARGIN, _GAP = 16, 14
-_HEADLINE, _TEXT, _SMALL = 24, 18, 14
+MARGIN, GAP = 16, 14
+HEADLINE_SIZE, TEXT_SIZE, SMALL_SIZE = 24, 18, 14
 """Sizes of letters: a headline can be read in a node of default size."""
 _VEIL = 0.8
 """How much of a frame is covered where no head looks."""
@@ -28,20 +28,20 @@ def draw_tile_map(tile_map: Tensor, grid: Thw, tile: Thw, headline: str, images:
     """
     (n_t, n_h, n_w), (length, rows, columns) = tile_map.shape, grid
     across = min(n_t, max(1, math.ceil(math.sqrt(n_t * rows / columns * 1.4))))
-    token = (_WIDTH - 2 * _MARGIN - (across - 1) * _GAP) / (across * columns)
+    token = (WIDTH - 2 * MARGIN - (across - 1) * GAP) / (across * columns)
     width, height = round(columns * token), round(rows * token)
-    text = [(headline, _HEADLINE), (conclusion(tile_map), _TEXT)]
-    top = _text_height(text) + 2 * _MARGIN + _SMALL
-    label = _SMALL + 6
-    image = Image.new("RGB", (_WIDTH, top + -(-n_t // across) * (height + label + _GAP) + _MARGIN), PAPER)
+    text = [(headline, HEADLINE_SIZE), (conclusion(tile_map), TEXT_SIZE)]
+    top = text_height(text) + 2 * MARGIN + SMALL_SIZE
+    label = SMALL_SIZE + 6
+    image = Image.new("RGB", (WIDTH, top + -(-n_t // across) * (height + label + GAP) + MARGIN), PAPER)
     draw = ImageDraw.Draw(image)
-    _draw_legend(draw, _MARGIN, _draw_text(draw, text), images is not None)
+    _draw_legend(draw, MARGIN, draw_text(draw, text), images is not None)
     for t in range(n_t):
-        left, upper = _MARGIN + t % across * (width + _GAP), top + t // across * (height + label + _GAP)
+        left, upper = MARGIN + t % across * (width + GAP), top + t // across * (height + label + GAP)
         first, last = t * tile[0], min((t + 1) * tile[0], length)
-        draw.text((left, upper), _frames_text(first, last, length, images), fill=INK, font=_font(_SMALL))
+        draw.text((left, upper), _frames_text(first, last, length, images), fill=INK, font=font_of(SMALL_SIZE))
         upper += label
-        panel = _frame(images, (first + last) // 2, length, (width, height))
+        panel = frame_picture(images, (first + last) // 2, length, (width, height))
         cells = ImageDraw.Draw(panel, "RGBA")
         for h in range(n_h):
             for w in range(n_w):
@@ -56,9 +56,9 @@ def draw_tile_map(tile_map: Tensor, grid: Thw, tile: Thw, headline: str, images:
 
 def draw_words(headline: str, lines: list[str]) -> Tensor:
     """A card for a run of which there is no map. Returns an IMAGE, float32 [1, height, width, 3] in 0..1."""
-    text = [(headline, _HEADLINE), *((line, _TEXT) for line in lines)]
-    image = Image.new("RGB", (_WIDTH, _text_height(text) + 2 * _MARGIN), PAPER)
-    _draw_text(ImageDraw.Draw(image), text)
+    text = [(headline, HEADLINE_SIZE), *((line, TEXT_SIZE) for line in lines)]
+    image = Image.new("RGB", (WIDTH, text_height(text) + 2 * MARGIN), PAPER)
+    draw_text(ImageDraw.Draw(image), text)
     return to_image(image)
 
 
@@ -107,7 +107,7 @@ def _range(first: int, last: int) -> str:
     return f"s {first}-{last}" if last > first else f" {first}"
 
 
-def _frame(images: Tensor | None, token: int, length: int, size: tuple[int, int]) -> Image.Image:
+def frame_picture(images: Tensor | None, token: int, length: int, size: tuple[int, int]) -> Image.Image:
     if images is None:
         return Image.new("RGB", size, PAPER)
     pixels = (images[frame_of(token, length, len(images)), ..., :3].float().clamp(0, 1) * 255).round().byte().cpu()
@@ -122,7 +122,7 @@ def _cell(h: int, w: int, tile: Thw, grid: Thw, token: float) -> tuple[int, int,
 
 
 @lru_cache(maxsize=4)
-def _font(size: int):
+def font_of(size: int):
     return ImageFont.load_default(size=size)
 
 
@@ -130,34 +130,34 @@ def _wrapped(text: str, size: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font(size).getlength(longer) > _WIDTH - 2 * _MARGIN:
+        if lines[-1] and font_of(size).getlength(longer) > WIDTH - 2 * MARGIN:
             lines.append(word)
         else:
             lines[-1] = longer
     return lines
 
 
-def _text_height(text) -> int:
+def text_height(text) -> int:
     return sum(len(_wrapped(words, size)) * round(size * 1.35) for words, size in text)
 
 
-def _draw_text(draw: ImageDraw.ImageDraw, text) -> int:
+def draw_text(draw: ImageDraw.ImageDraw, text) -> int:
     """Draws (words, size) under each other; returns where the next would begin."""
-    top = _MARGIN
+    top = MARGIN
     for words, size in text:
         for line in _wrapped(words, size):
-            draw.text((_MARGIN, top), line, fill=INK, font=_font(size))
+            draw.text((MARGIN, top), line, fill=INK, font=font_of(size))
             top += round(size * 1.35)
     return top
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, left: int, top: int, over_frames: bool) -> None:
     if over_frames:
-        draw.text((left, top), "clear: every head looks there; veiled: none does", fill=INK, font=_font(_SMALL))
+        draw.text((left, top), "clear: every head looks there; veiled: none does", fill=INK, font=font_of(SMALL_SIZE))
         return
     words = "heads that look there: none"
-    draw.text((left, top), words, fill=INK, font=_font(_SMALL))
-    left += round(_font(_SMALL).getlength(words)) + 8
+    draw.text((left, top), words, fill=INK, font=font_of(SMALL_SIZE))
+    left += round(font_of(SMALL_SIZE).getlength(words)) + 8
     for i in range(120):
-        draw.line((left + i, top + 2, left + i, top + _SMALL), fill=colour(i / 119))
-    draw.text((left + 128, top), "all", fill=INK, font=_font(_SMALL))
+        draw.line((left + i, top + 2, left + i, top + SMALL_SIZE), fill=colour(i / 119))
+    draw.text((left + 128, top), "all", fill=INK, font=font_of(SMALL_SIZE))
