@@ -20,7 +20,7 @@ PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick page bench aot cubins gpu bench-gpu tune clean FORCE
+.PHONY: help setup demo test test-quick page quality train-tiny bench aot cubins gpu bench-gpu tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -29,7 +29,7 @@ help: ## this list
 
 setup: $(READY) ## environment with CPU torch, and a ComfyUI checkout (2 minutes the first time)
 
-demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (half a minute after setup)
+demo: $(READY) ## run the example graph in a real ComfyUI, dense and sparse, and compare (a minute after setup)
 	@$(RUN) $(VENV)/bin/python dev/demo.py
 
 test: $(READY) $(OLDEST_READY) ## ruff and every test, those in a real ComfyUI and with the oldest torch too
@@ -44,8 +44,17 @@ page: $(READY) ## the tests of ComfyUI's page in a real browser (needs Chromium:
 	$(VENV)/bin/pip install -q playwright
 	$(RUN) REQUIRE_COMFYUI=1 $(VENV)/bin/pytest -q tests/test_page.py
 
-bench: $(READY) ## the reference kernel against dense attention
+quality: $(READY) ## finished clips of the tiny trained model, dense against sparse, judged over paired seeds (ARGS="--all": hours)
+	$(RUN) OMP_NUM_THREADS=1 $(VENV)/bin/python quality/table.py $(ARGS)
+
+train-tiny: $(READY) ## train the tiny models of `quality` anew (two hours on two cores; goes on where it was stopped)
+	$(RUN) OMP_NUM_THREADS=2 $(VENV)/bin/python quality/train.py
+	$(VENV)/bin/python quality/model_file.py
+
+bench: $(READY) ## the reference kernel against dense attention, and what closeness and lists by mass cost beside it
 	$(VENV)/bin/python benchmarks/reference_vs_sdpa.py
+	$(VENV)/bin/python benchmarks/closeness.py
+	$(VENV)/bin/python benchmarks/masses.py
 
 aot: $(READY) ## compile the Triton kernels ahead of time for every supported GPU
 	$(VENV)/bin/python dev/aot.py

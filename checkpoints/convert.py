@@ -1,11 +1,11 @@
-"""Turn a diffusers Wan model with VSA gates, such as FastWan, into one file that ComfyUI reads.
+"""Turn a sparse-trained Wan model, such as FastWan or TurboWan, into one file that ComfyUI reads.
 
     python -m checkpoints.convert FastWan2.1-T2V-1.3B-Diffusers fastwan2.1_t2v_1.3B_vsa.safetensors
 
 Run it in the folder of this pack; it needs nothing but Python. FOLDER is a diffusers pipeline, its transformer folder
-or a safetensors file. No weight is changed, only the names are; the gates stay beside the weights, and what is known of
-the training goes into the metadata, where Load Sparse Diffusion Model reads it. The SHA-256 of the file is printed and
-kept beside it in FILE.sha256, as sha256sum -c reads it.
+or a safetensors file. No weight is changed, only the names are; gates and SLA projections stay beside the weights, and
+what is known of the training goes into the metadata, where Load Sparse Diffusion Model reads it. The SHA-256 of the
+file is printed and kept beside it in FILE.sha256, as sha256sum -c reads it.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from .describe import describe
 from .gate_names import GATE
 from .plan import Plan, plan_of
+from .projection_names import NATIVE_NAME
 from .safetensors_file import CheckpointError
 from .source import open_checkpoint
 from .trained import METADATA_KEY
@@ -35,7 +36,9 @@ def native_header(plan: Plan) -> tuple[bytes, list[tuple[str, str]]]:
     Order: as the tensors lie in the source, so that every source file is read once from start to end.
     """
     targets = {**plan.names, **{name: GATE.sub(_native_gate, name) for parts in plan.gates.values()
-                                for name in parts.values()}}
+                                for name in parts.values()},
+               **{name: NATIVE_NAME.format(layer=layer, part=part) for layer, parts in plan.projections.items()
+                  for part, name in parts.items()}}
     files = {file: place for place, file in enumerate(plan.checkpoint.files)}
     tensors = plan.checkpoint.tensors
     order = sorted(targets, key=lambda name: (files[tensors[name].file], tensors[name].info.start))
@@ -46,7 +49,7 @@ def native_header(plan: Plan) -> tuple[bytes, list[tuple[str, str]]]:
     for name in order:
         info = tensors[name].info
         size = info.end - info.start
-        entries[targets[name]] = {"dtype": info.dtype, "shape": list(info.shape),
+        entries[targets[name]] = {"dtype": info.dtype, "shape": list(plan.shape_of(name)),
                                   "data_offsets": [offset, offset + size]}
         offset += size
     raw = json.dumps(entries, separators=(",", ":")).encode()

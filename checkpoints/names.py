@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 WAN, MINIMAX_H3, OTHER = "Wan", "MiniMax H3", "other"
 PREFIX = re.compile(r"^(?:model\.)?diffusion_model\.")
+WRAPPER = "_checkpoint_wrapped_module."
+"""What activation checkpointing in training leaves inside of names."""
 
 # (diffusers or FastVideo, native); every rule applies at most once, in this order.
 WAN_RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
@@ -43,8 +45,8 @@ DIFFUSERS_MARKS = re.compile(r"(?:^condition_embedder\.|\.attn[12]\.|^(?:transfo
 
 
 def without_prefix(name: str) -> str:
-    """The name without "model.diffusion_model." or "diffusion_model."."""
-    return PREFIX.sub("", name)
+    """The name without "model.diffusion_model." or "diffusion_model.", and without a checkpoint wrapper's part."""
+    return PREFIX.sub("", name).replace(WRAPPER, "")
 
 
 def family_of_names(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .gate_names import check_gates, find_gates
 from .names import (
@@ -18,9 +18,10 @@ from .names import (
     native_wan_name,
     without_prefix,
 )
+from .projection_names import check_projections, find_projections
 from .safetensors_file import CheckpointError
 from .source import Checkpoint
-from .trained import Trained, trained_facts
+from .trained import SLA, VSA, Trained, trained_facts
 
 GATE_PARTS = ("weight", "bias", "scale_weight", "weight_scale", "input_scale", "scale_input", "comfy_quant")
 BLOCK_PARTS = ("self_attn.", "cross_attn.", "attn.", "ffn.", "mlp.", "norm3.", "modulation")
@@ -32,21 +33,30 @@ class Plan:
     family: str
     naming: str
     names: dict[str, str]
-    """Name in the files -> name that ComfyUI reads, gates left out."""
+    """Name in the files -> name that ComfyUI reads, gates and projections left out."""
     gates: dict[int, dict[str, str]]
     """Layer -> part -> name in the files; empty for a model without VSA gates."""
     layers: int
     width: int
     per_head_gates: bool = False
     """Whether the file has gates of the same name that are none of VSA (LTX-2.3)."""
+    projections: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Layer -> part -> name in the files; empty for a model that was not trained with SLA."""
+    reshaped: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name in the files -> the shape that ComfyUI wants, where it is another one of the same numbers in a row."""
 
     @property
     def trained(self) -> Trained | None:
-        """What is known of the VSA training, None for a model without gates."""
-        if not self.gates:
+        """What is known of the sparse training, None for a model without gates and projections."""
+        if not self.gates and not self.projections:
             return None
         named = str(self._config.get("_name_or_path", ""))
-        return trained_facts(self.checkpoint.metadata, (*self.checkpoint.path.parts[-3:], named))
+        return trained_facts(self.checkpoint.metadata, (*self.checkpoint.path.parts[-3:], named),
+                             SLA if self.projections else VSA)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor as ComfyUI wants it."""
+        return self.reshaped.get(name, self.checkpoint.tensors[name].info.shape)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -82,8 +92,8 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
     """The plan for a whole model.
 
     What the tensors say wins over a config.json beside them.
-    Raises CheckpointError for a LoRA, tensors without a place, blocks that lack tensors, and VSA gates of wrong shapes
-    or for some layers only.
+    Raises CheckpointError for a LoRA, tensors without a place, blocks that lack tensors, weights in a form that ComfyUI
+    cannot read, and VSA gates or SLA projections of wrong shapes or for some layers only.
     """
     shapes = {without_prefix(name): place.info.shape for name, place in checkpoint.tensors.items()}
     plain = {name: without_prefix(name) for name in checkpoint.tensors}
@@ -91,10 +101,15 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
         gates_too = ", or its gates through Attach VSA Gates" if find_gates(checkpoint.tensors) else ""
         raise CheckpointError(f"{checkpoint.path} is a LoRA: wanted a whole model. Load it through a LoRA loader"
                               + gates_too)
-    gates = find_gates(checkpoint.tensors)
-    gate_names = {name for parts in gates.values() for name in parts.values()}
-    names = {name: short for name, short in plain.items() if name not in gate_names}
+    gates, projections = find_gates(checkpoint.tensors), _projections(checkpoint)
+    extra = {name for found in (gates, projections) for parts in found.values() for name in parts.values()}
+    names = {name: short for name, short in plain.items() if name not in extra}
+    _refuse_int8(names, checkpoint)
     family = family_of_names(names.values())
+    if projections and (gates or family != WAN):
+        found = "VSA gates too" if gates else "a model that is not Wan"
+        raise CheckpointError(f"{checkpoint.path}: found SLA projections (proj_l) and {found}: there is no such model "
+                              "known here. Wanted a Wan model trained with one of both")
     naming = naming_of(names.values())
     if family == WAN:
         names = _native_names(names, naming, checkpoint)
@@ -112,7 +127,36 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
                    for layer, parts in gates.items() if "weight" in parts}
         check_gates(weights, layers, wanted, str(checkpoint.path))
         _check_parts(gates, checkpoint)
-    return Plan(checkpoint, family, naming, names, gates, layers, width)
+    if projections:
+        check_projections({layer: {part: checkpoint.tensors[name].info for part, name in parts.items()}
+                           for layer, parts in projections.items()}, layers, str(checkpoint.path))
+    reshaped = _patch_of_linear(names, checkpoint) if family == WAN else {}
+    return Plan(checkpoint, family, naming, names, gates, layers, width, projections=projections, reshaped=reshaped)
+
+
+def _projections(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
+    try:
+        return find_projections(checkpoint.tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+
+
+def _refuse_int8(names: dict[str, str], checkpoint: Checkpoint) -> None:
+    if any(short.endswith(".int8_weight") for short in names.values()):
+        raise CheckpointError(f"{checkpoint.path} holds TurboDiffusion's int8 weights (int8_weight), which ComfyUI "
+                              "cannot read: use the file of the same name without -quant")
+
+
+def _patch_of_linear(names: dict[str, str], checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """TurboDiffusion keeps the patch embedding as a linear layer over (c, t, h, w): the convolution's numbers."""
+    name = next((name for name, native in names.items() if native == "patch_embedding.weight"), None)
+    shape = checkpoint.tensors[name].info.shape if name else ()
+    if len(shape) != 2:
+        return {}
+    if shape[1] % 4:
+        raise CheckpointError(f"{checkpoint.path}: found a patch embedding of shape {list(shape)}, wanted "
+                              f"[{shape[0]}, channels * 4]: Wan's patches are 1x2x2")
+    return {name: (shape[0], shape[1] // 4, 1, 2, 2)}
 
 
 def _check_parts(gates: dict[int, dict[str, str]], checkpoint: Checkpoint) -> None:

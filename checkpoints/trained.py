@@ -1,7 +1,8 @@
-"""What is known of the training of released VSA models, by the name of the file or in its metadata."""
+"""What is known of the training of released sparse models, by the name of the file or in its metadata."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -9,11 +10,13 @@ from dataclasses import asdict, dataclass
 from .safetensors_file import CheckpointError
 
 METADATA_KEY = "video_sparse_attention"
+VSA, SLA = "VSA", "SLA"
+"""Sparse methods that a model can have been trained with."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a VSA model was trained and wants to be sampled; None and () where not known."""
+    """How a sparse model was trained and wants to be sampled; None and () where not known."""
 
     name: str
     sparsity: float | None = None
@@ -24,12 +27,40 @@ class Trained:
     shift: float | None = None
     clip: str = ""
     """Width x height x frames."""
+    method: str = VSA
+    ratio: float | None = None
+    """SLA: share of the runs of 64 keys that a run of queries reads."""
+    best_ratio: float | None = None
+    """SLA: the ratio that its authors recommend for quality."""
+    query_run: int | None = None
+    """SLA: queries that share a choice."""
+    feature: str | None = None
+    """SLA: feature map of the linear branch."""
+    sigmas: tuple[float, ...] = ()
+    """Of its distilled schedule, where it is not given as timesteps."""
+    sampler: str = "lcm"
+    remark: str = ""
+    """A sentence on how to sample it."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
 DMD = (1000, 757, 522)
+
+
+def rcm_sigmas(largest: float, steps: int = 4) -> tuple[float, ...]:
+    """The sigmas of rCM distillation, 0 at the end. Fewer steps leave out the last ones and move none.
+
+    TurboDiffusion turbodiffusion/inference at aaecff5: times t on a circle, sigma = tan t / (1 + tan t).
+    """
+    times = (math.atan(largest), 1.5, 1.4, 1.0)[:steps]
+    return (*(round(math.tan(t) / (1 + math.tan(t)), 5) for t in times), 0.0)
+
+
+def _turbo(name: str, largest: float, **known) -> Trained:
+    return Trained(name, tile=None, steps=4, method=SLA, ratio=0.1, best_ratio=0.15, query_run=128, feature="softmax",
+                   sigmas=rcm_sigmas(largest), **known)
 
 # Name as it appears in paths, then the facts. Most specific first. Source: the models' cards and FastVideo's registry.
 RELEASED = tuple((re.compile(pattern, re.IGNORECASE), trained) for pattern, trained in (
@@ -40,28 +71,47 @@ RELEASED = tuple((re.compile(pattern, re.IGNORECASE), trained) for pattern, trai
     (r"fastwan2\.1[-_]t2v[-_]14b", Trained("FastWan2.1-T2V-14B", timesteps=DMD, steps=3, shift=8.0)),
     (r"wan2\.1[-_]vsa[-_]t2v[-_]14b[-_]720p", Trained("Wan2.1-VSA-T2V-14B-720P", 0.9, clip="1280x768x77")),
     (r"fast[-_]?h3", Trained("FastH3", 0.9, steps=4)),
+    (r"turbowan2\.1[-_]t2v[-_]1\.3b", _turbo("TurboWan2.1-T2V-1.3B-480P", 80)),
+    (r"turbowan2\.1[-_]t2v[-_]14b[-_]720p", _turbo("TurboWan2.1-T2V-14B-720P", 80)),
+    (r"turbowan2\.1[-_]t2v[-_]14b[-_]480p", _turbo("TurboWan2.1-T2V-14B-480P", 80)),
+    (r"turbowan2\.1[-_]t2v[-_]14b", _turbo("TurboWan2.1-T2V-14B", 80)),
+    (r"turbowan2\.2[-_]i2v[-_]a14b", _turbo(
+        "TurboWan2.2-I2V-A14B-720P", 200,
+        remark="The high model makes the first two steps, the low one the other two (boundary 0.9)")),
 ))
 UNKNOWN = Trained("this model")
+UNKNOWN_SLA = Trained("this model", tile=None, method=SLA, query_run=128, feature="softmax")
 
 
-def trained_facts(metadata: dict[str, str], names: Iterable[str]) -> Trained:
-    """The training behind a checkpoint with gates: what its metadata says, else what a released name says.
+def trained_facts(metadata: dict[str, str], names: Iterable[str], method: str = VSA) -> Trained:
+    """The training behind a checkpoint with what `method` trains: what its metadata says, else a released name.
 
-    names: file and folder names, and names in configs. Raises CheckpointError for metadata that cannot be read.
+    names: file and folder names, and names in configs. Raises CheckpointError for metadata that cannot be read or is
+    of another method.
     """
     if METADATA_KEY in metadata:
-        return _from_json(metadata[METADATA_KEY])
+        told = _from_json(metadata[METADATA_KEY])
+        if told.method != method:
+            raise CheckpointError(f"metadata {METADATA_KEY!r} says trained with {told.method}, but the tensors are "
+                                  f"those of {method}: the file was put together from two models")
+        return told
+    names = list(map(str, names))
     for pattern, trained in RELEASED:
-        if any(pattern.search(str(name)) for name in names):
+        if trained.method == method and any(map(pattern.search, names)):
             return trained
-    return UNKNOWN
+    return UNKNOWN if method == VSA else UNKNOWN_SLA
+
+
+AS_THEY_ARE = ("name", "sparsity", "steps", "shift", "clip", "method", "ratio", "best_ratio", "query_run", "feature",
+               "sampler", "remark")
 
 
 def _from_json(text: str) -> Trained:
     try:
         fields = json.loads(text)
         tile, timesteps = fields.get("tile"), fields.get("timesteps") or ()
-        known = {key: fields[key] for key in ("name", "sparsity", "steps", "shift", "clip") if key in fields}
-        return Trained(**known, tile=tile and tuple(map(int, tile)), timesteps=tuple(map(int, timesteps)))
+        known = {key: fields[key] for key in AS_THEY_ARE if key in fields}
+        return Trained(**known, tile=tile and tuple(map(int, tile)), timesteps=tuple(map(int, timesteps)),
+                       sigmas=tuple(map(float, fields.get("sigmas") or ())))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"metadata {METADATA_KEY!r} cannot be read: {error}") from None

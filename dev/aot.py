@@ -29,6 +29,7 @@ from load_pack import load_pack
 os.environ.pop("TRITON_INTERPRET", None)
 
 POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "TOKEN_ROWS": "i32", "COARSE": "fp32",
+            "FAR": "fp32", "FAR_LSE": "fp32",
             "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
             **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
 """What a pointer points to; None: the dtype of the row."""
@@ -36,10 +37,12 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
            "HMMA", "HGMMA")
-ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"),
-             "fp16": ("lse", "gather lse", "gather combine lse")}
-"""Variants of the attention kernel: with and without LSE, tokens in place, and the coarse branch in the epilogue: all
-that `run` launches. In fp16, whose code differs in the name of a type, only those that hold most."""
+ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
+                      "gather combine far lse"),
+             "fp16": ("lse", "gather lse", "gather combine far lse")}
+"""Variants of the attention kernel: with and without LSE, tokens in place, a softmax that has begun, and the coarse
+branch in the epilogue: what the pack launches, and what holds most. In fp16, whose code differs in the name of a type,
+only those that hold most."""
 ROWS = (500, 1000, 2000, 4096)
 """Tiles to select from: one of every length that `select_tiles.py` compiles for."""
 
@@ -106,9 +109,11 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
     if kernel == "select_rows":
         options = select_tiles.row_options(size)
         return select_tiles.select_rows, {"ROW": options.pop("ROW")}, options
-    gather, combine, lse = (word in variant for word in ("gather", "combine", "lse"))
-    constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "INTERPRET": False}
-    absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine}
+    gather, combine, far, lse = (word in variant for word in ("gather", "combine", "far", "lse"))
+    constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "START": far,
+                 "INTERPRET": False}
+    absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine,
+              "FAR": not far, "FAR_LSE": not far}
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     options = options or config_for(capability, size, getattr(torch, DTYPES[dtype]))._asdict()
     return block_sparse.block_sparse_forward, constants, options

@@ -21,6 +21,7 @@ FAMILIES = {
     "wan_t2v_14b": ("Wan 2.1 14B", (12, 52, 110)), "wan_t2v": ("Wan 2.1", (18, 78, 138)),
     "wan_i2v": ("Wan 2.1 14B", (28, 104, 168)), "wan_sta": ("Wan 2.1", (52, 66, 92)),
     "wan22": ("Wan 2.2 14B", (70, 52, 140)), "fastwan": ("FastWan", (166, 92, 20)),
+    "turbowan": ("TurboWan", (14, 112, 122)),
     "hunyuan_video15": ("HunyuanVideo 1.5", (25, 110, 84)), "ltx2": ("LTX-2", (132, 62, 120)),
     "minimax_h3": ("MiniMax H3", (158, 46, 58)),
 }
@@ -150,7 +151,9 @@ def card(name):
     graph = graph_of(name)
     family, colour, task = described(name)
     vsa, sta = widgets(graph, "VideoSparseAttentionPatch"), widgets(graph, "SlidingTileAttentionPatch")
-    method = "VSA" if vsa else "STA"
+    sla = widgets(graph, "SparseLinearAttentionPatch")
+    moba = widgets(graph, "VideoMixtureOfBlockAttentionPatch")
+    method = "VSA" if vsa else "SLA" if sla else "VMoBA" if moba else "STA"
     width, height, frames = clip_size(graph)
     image = Image.new("RGB", (SIDE, SIDE), PAPER)
     draw = ImageDraw.Draw(image)
@@ -158,7 +161,7 @@ def card(name):
     draw.text((32, 22), family, fill=PAPER, font=fitting(draw, family, 72, SIDE - 64), stroke_width=1,
               stroke_fill=PAPER)
     draw.text((34, 122), task, fill=PAPER, font=fitting(draw, task, 44, SIDE - 64))
-    draw.text((28, 190), method, fill=colour, font=font(150), stroke_width=5, stroke_fill=colour)
+    draw.text((28, 190), method, fill=colour, font=fitting(draw, method, 150, 310), stroke_width=5, stroke_fill=colour)
     draw.text((360, 232), f"{width} x {height}", fill=INK, font=font(42))
     draw.text((360, 286), f"{frames} frames", fill=INK, font=font(42))
     if task.startswith(TASKS["i2v"]):
@@ -169,7 +172,8 @@ def card(name):
         draw_heads(draw, 34, 378, 30)
     else:
         window = [float(part) for part in sta["window"].split("x")] if sta else ()
-        tiles = kept("VSA", 1 - vsa["sparsity"], seed=name) if vsa else kept("STA", window=window)
+        share = 1 - vsa["sparsity"] if vsa else sla["ratio"] if sla else moba["threshold"] if moba else None
+        tiles = kept("STA", window=window) if sta else kept("VSA", share, seed=name)
         draw_clip(draw, 34, 378, 30, tiles, colour)
     return image
 

@@ -9,6 +9,7 @@ widths) travels in the file's metadata as {"transformer": {...}}.
 
 Besides the plain families (see BUILDERS), made from the weights of tiny_wan_t2v:
   tiny_wan_vsa.safetensors   the same keys plus random VSA gates blocks.N.to_gate_compress.{weight,bias}
+  tiny_wan_sla.safetensors   the same keys plus random SLA projections, under TurboDiffusion's names
   tiny_fastwan_diffusers/    the same weights and gates as a diffusers WanTransformer3DModel folder
 """
 import argparse
@@ -120,7 +121,8 @@ BUILDERS = {
     "tiny_hunyuan15_sr": lambda: build_hunyuan15(in_channels=98),
 }
 # Made from the weights of tiny_wan_t2v.
-DERIVED = {"tiny_wan_vsa": "tiny_wan_vsa.safetensors", "tiny_fastwan_diffusers": "tiny_fastwan_diffusers"}
+DERIVED = {"tiny_wan_vsa": "tiny_wan_vsa.safetensors", "tiny_fastwan_diffusers": "tiny_fastwan_diffusers",
+           "tiny_wan_sla": "tiny_wan_sla.safetensors"}
 
 
 def common():
@@ -237,7 +239,10 @@ def make(name, folder):
         raise Unavailable(f"this ComfyUI has no model for {name}: {error}") from error
     fill(model, list(BUILDERS).index(base) + 1)
     state_dict = model.state_dict()
-    if name in DERIVED:
+    if name == "tiny_wan_sla":
+        from make_sla_checkpoints import with_projections
+        state_dict = with_projections(state_dict)
+    elif name in DERIVED:
         state_dict = {**state_dict, **gates(state_dict)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if name == "tiny_fastwan_diffusers":

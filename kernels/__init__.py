@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from . import cuda_sm90, gathered, reference, tile_ops, triton
+from . import cuda_sm90, far_start, gathered, reference, tile_ops, triton
 from .choice import AUTO, choose, refusal
 from .contest import Contest, Span
 from .proofs import PROOFS, PROVE_COMMAND, words
@@ -78,7 +78,8 @@ def block_sparse_attention(
     indices: torch.Tensor, counts: torch.Tensor, block_sizes: torch.Tensor,
     scale: float | None = None, backend: str = AUTO, return_lse: bool = False,
     token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
-    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None,
+    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None, far: torch.Tensor | None = None,
+    far_lse: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of every query block over its own list of key blocks.
 
@@ -98,21 +99,26 @@ def block_sparse_attention(
     out is the attention plus gate * coarse[block // blocks_per_tile], unchanged where N*blocks_per_tile <= block.
     tile_grid: the seven numbers of a `TileGrid` where token_rows and lists are what it promises, not checked; without
     it a kernel that reads tiles as boxes is given copies.
+    far: float32 [B, H, N, D], far_lse: float32 [B, H, N] (float64 for float64): what the queries of block
+    // blocks_per_tile have seen besides their lists, as a mean of values and the natural log of their sum of
+    exponentials. Their softmax starts there, so both results hold it, also where a list is empty. -inf: nothing, and
+    its row of far is not read. Only for blocks that have a list; of calls whose results are merged by their LSE, one.
 
     A GPU kernel is proven on the card before its first use there (`proofs.py`); "auto" passes over one that fails.
     Raises ValueError for operands that break this contract, NoKernel when no kernel can run them or the one that
     `backend` names has failed its proof, KernelUnusable when it cannot be loaded.
     """
-    check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid)
+    check_operands(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid, far,
+                   far_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = _block_sparse_attention(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
                                        token_rows, gate, coarse, blocks_per_tile,
-                                       None if tile_grid is None else list(tile_grid))
+                                       None if tile_grid is None else list(tile_grid), far, far_lse)
     return (out, lse) if return_lse else out
 
 
 def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=None, coarse=None,
-                   blocks_per_tile=1, tile_grid=None) -> None:
+                   blocks_per_tile=1, tile_grid=None, far=None, far_lse=None) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit the contract. Looks at no tensor's values."""
     def fail(found: str, wanted: str):
         raise ValueError(f"block_sparse_attention: found {found}, wanted {wanted}")
@@ -131,7 +137,7 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
              "k and v of one shape, with q's batch, heads and head_dim")
     if token_rows is not None:
         if invalid := gathered.why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
-                                           blocks_per_tile, tile_grid):
+                                           blocks_per_tile, tile_grid, far):
             fail(*invalid)
     elif gate is not None or coarse is not None or tile_grid is not None:
         fail("gate, coarse or tile_grid without token_rows", "token_rows too")
@@ -144,6 +150,8 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
             fail(f"counts {list(counts.shape)}", f"{list(rows)}")
         if tuple(block_sizes.shape) != (k.shape[1] // BLOCK,):
             fail(f"block_sizes {list(block_sizes.shape)}", f"[{k.shape[1] // BLOCK}]")
+    if invalid := far_start.why_invalid(q, indices.shape[2], far, far_lse, blocks_per_tile):
+        fail(*invalid)
     integers = (("indices", indices), ("counts", counts), ("block_sizes", block_sizes), ("token_rows", token_rows))
     for name, x in integers:
         if x is not None and (x.dtype != torch.int32 or x.device != q.device):
@@ -153,12 +161,13 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
 @torch.library.custom_op("video_sparse_attention::block_sparse_attention", mutates_args=(), schema=(
     "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor block_sizes, float scale, str backend, "
     "bool return_lse, Tensor? token_rows=None, Tensor? gate=None, Tensor? coarse=None, SymInt blocks_per_tile=1, "
-    "SymInt[]? tile_grid=None) -> (Tensor, Tensor)"))
+    "SymInt[]? tile_grid=None, Tensor? far=None, Tensor? far_lse=None) -> (Tensor, Tensor)"))
 def _block_sparse_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, counts: torch.Tensor,
     block_sizes: torch.Tensor, scale: float, backend: str, return_lse: bool,
     token_rows: torch.Tensor | None = None, gate: torch.Tensor | None = None, coarse: torch.Tensor | None = None,
-    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None,
+    blocks_per_tile: int = 1, tile_grid: Sequence[int] | None = None, far: torch.Tensor | None = None,
+    far_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grid = None if tile_grid is None else TileGrid(*tile_grid)
     # Here, where torch.compile does not look: the choice reads what happened earlier in this process.
@@ -168,7 +177,7 @@ def _block_sparse_attention(
         try:
             run = spec.load() if spec.gathers(grid) else partial(gathered.on_copies, spec.load())
             out, lse = run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows, gate, coarse,
-                           blocks_per_tile, grid)
+                           blocks_per_tile, grid, far, far_lse)
             return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
         except KernelUnusable as error:                    # proven, but it cannot be loaded now
             if backend != AUTO:
@@ -178,7 +187,7 @@ def _block_sparse_attention(
 
 @_block_sparse_attention.register_fake
 def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
-      token_rows=None, gate=None, coarse=None, blocks_per_tile=1, tile_grid=None):
+      token_rows=None, gate=None, coarse=None, blocks_per_tile=1, tile_grid=None, far=None, far_lse=None):
     batch, slots, heads, _ = q.shape
     lse = (batch, heads, slots) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)

@@ -14,7 +14,8 @@ _CHUNK_BYTES = 64 << 20
 """Bound on the coarse rows that `on_copies` holds at once."""
 
 
-def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid):
+def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse, blocks_per_tile, tile_grid,
+                far=None):
     """(found, wanted) for the first operand that does not fit the others, or None. Looks at no tensor's values."""
     if token_rows.ndim != 1 or token_rows.numel() % BLOCK or not token_rows.is_contiguous():
         return f"token_rows {list(token_rows.shape)}", f"[slots], contiguous, a multiple of {BLOCK}"
@@ -33,7 +34,7 @@ def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
         grid = TileGrid(*tile_grid)
         if invalid := grid.why_invalid(q.shape[1], blocks):
             return invalid
-        if coarse is not None and grid.blocks_per_tile != blocks_per_tile:
+        if (coarse is not None or far is not None) and grid.blocks_per_tile != blocks_per_tile:
             return f"blocks_per_tile {blocks_per_tile}", f"tile_grid's {grid.blocks_per_tile}"
     if (gate is None) != (coarse is None):
         return f"{'coarse without gate' if gate is None else 'gate without coarse'}", "both or none"
@@ -57,14 +58,15 @@ def why_invalid(q, k, v, indices, counts, block_sizes, token_rows, gate, coarse,
 
 
 def on_copies(run, q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-              blocks_per_tile=1, tile_grid=None):
+              blocks_per_tile=1, tile_grid=None, far=None, far_lse=None):
     """`run` of a kernel that gathers, from that of one that does not. Without token_rows it is that kernel's own."""
+    start = {} if far is None else dict(blocks_per_tile=blocks_per_tile, far=far, far_lse=far_lse)
     if token_rows is None:
-        return run(q, k, v, indices, counts, block_sizes, scale, return_lse)
+        return run(q, k, v, indices, counts, block_sizes, scale, return_lse, **start)
     (batch, tokens, heads, _), listed, blocks = q.shape, indices.shape[2], block_sizes.numel()
     rows = token_rows.clamp(min=0)
     q, k, v = (x.index_select(1, rows) for x in (q, k, v))
-    out, lse = run(q[:, :listed * BLOCK], k, v, indices, counts, block_sizes, scale, return_lse)
+    out, lse = run(q[:, :listed * BLOCK], k, v, indices, counts, block_sizes, scale, return_lse, **start)
     if listed < blocks:
         every = torch.arange(blocks, dtype=torch.int32, device=q.device).expand(batch, heads, blocks - listed, blocks)
         lengths = torch.full((1, 1, 1), blocks, dtype=torch.int32, device=q.device).expand(every.shape[:3])

@@ -2,9 +2,9 @@
 
 Small, fixed, the same in every process. Together they hold what a kernel can be asked: lists of 0, 1, an odd number and
 all blocks, neighbours with equal lists, cut and empty blocks, tiles read in boxes and tokens in any order, tokens
-before and behind the clip, hidden ones, a coarse branch, the LSE, strides, batches, sharp scores, lists long enough
-that a pipeline's ring turns several times, and more work than the card has multiprocessors. What no query may see is
-NaN, and so is every output before it is written.
+before and behind the clip, hidden ones, a coarse branch, a softmax that has begun, the LSE, strides, batches, sharp
+scores, lists long enough that a pipeline's ring turns several times, and more work than the card has multiprocessors.
+What no query may see is NaN, and so is every output before it is written.
 """
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class AttentionProblem:
     hidden: int = 0
     """How many of those no query sees."""
     gate: bool = False
+    far: bool = False
+    """Query tiles have seen something already; every fourth has not."""
     lse: bool = False
     batch: int = 1
     heads: int | None = 2
@@ -72,16 +74,25 @@ class AttentionProblem:
         k[:, unseen], v[:, unseen] = torch.nan, torch.nan
         indices, counts = self._indices(heads, per_tile, len(rows))
         named = dict(q=q, k=k, v=v, indices=indices, counts=counts, block_sizes=torch.tensor(valid, dtype=torch.int32),
-                     scale=call.head_dim ** -0.5, return_lse=self.lse)
+                     scale=call.head_dim ** -0.5, return_lse=self.lse, token_rows=None, gate=None, coarse=None,
+                     blocks_per_tile=per_tile, tile_grid=self.grid)
         blocks = torch.tensor([block + [-1] * (BLOCK - len(block)) for block in rows], dtype=torch.int32)
         if self.grid is not None or self.scattered:
-            named |= dict(token_rows=blocks.flatten(), gate=None, coarse=None, blocks_per_tile=per_tile,
-                          tile_grid=self.grid)
+            named |= dict(token_rows=blocks.flatten())
         if self.gate:
             wide = torch.promote_types(call.dtype, torch.float32)
             coarse = torch.randn(self.batch, heads, len(self.lists), call.head_dim, generator=generator).to(wide)
             named |= dict(gate=gate, coarse=coarse)
+        if self.far:
+            named |= self._seen(heads, call, generator)
         return named | dict(blocks=blocks.long())
+
+    def _seen(self, heads: int, call: Call, generator) -> dict:
+        wide = torch.promote_types(call.dtype, torch.float32)
+        lse = 3 * torch.randn(self.batch, heads, len(self.lists), generator=generator).to(wide) + 4
+        far = torch.randn(*lse.shape, call.head_dim, generator=generator).to(wide)
+        lse[:, :, 3::4], far[:, :, 3::4] = -torch.inf, torch.nan
+        return dict(far=far, far_lse=lse)
 
     def _rows(self, generator) -> tuple[list[list[int]], list[int], int]:
         """Rows of the sequence in every block, how many of them may be seen, and blocks per tile."""
@@ -150,7 +161,7 @@ class Prepared:
     def attempt(self, run: Callable) -> tuple[tuple[Tensor, ...], str | None]:
         """What a kernel answers, and what it did that it must not."""
         q, device = self.named["q"], self.blocks.device
-        if "token_rows" in self.named and not self.spec.gathers(self.named["tile_grid"]):
+        if self.named["token_rows"] is not None and not self.spec.gathers(self.named["tile_grid"]):
             out, lse = gathered.on_copies(run, **self.named)
             return ((out,) if lse is None else (out, lse)), self._damage()
         outputs = [Guarded.output(q.shape, q.dtype, device)]
@@ -240,4 +251,10 @@ ATTENTION_PROBLEMS = (
                      tuple(tuple(sorted({i, (7 * i + 3) % 24, (5 * i + 11) % 24, i ^ 1, (i + 9) % 24}))
                            for i in range(24)),
                      grid=MANY, behind=5, heads=None),
+    AttentionProblem("blocks whose softmax has begun",
+                     ((0, 2, 5), (), (1,), (3, 4), (0, 1, 2, 3, 4, 5), (2, 4)),
+                     (64, 17, 64, 0, 64, 33), far=True, lse=True, batch=2, sharpness=3.0),
+    AttentionProblem("tiles of a grid whose softmax has begun",
+                     ((0, 1), (5,), (0, 3, 7), (2,), (6, 7), (1,), (4,), ()), grid=BOXES, behind=70, hidden=2,
+                     gate=True, far=True, lse=True, batch=2),
 )

@@ -15,7 +15,7 @@ _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1, tile_grid=None, *, out=None, lse=None):
+        blocks_per_tile=1, tile_grid=None, far=None, far_lse=None, *, out=None, lse=None):
     """Contract and shapes: `kernels.block_sparse_attention`. Accumulates in float32 (float64 for float64)."""
     batch, tokens, heads, dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -34,6 +34,8 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
             keys, values = _blocks(keys, bias, compute), _blocks(values, bias, compute)
             head_out = queries.new_zeros(queries.shape, dtype=compute)
             head_lse = queries.new_full(queries.shape[:1], -torch.inf, dtype=compute)
+            if far is not None:
+                _start(head_out, head_lse, far[b, h], far_lse[b, h], blocks_per_tile * BLOCK)
             parts = [(slice(0, listed), indices[b, h, :, :longest], counts[b, h] if ragged else None)]
             if listed * BLOCK < len(queries):
                 every = torch.arange(block_sizes.numel(), device=q.device)
@@ -41,7 +43,8 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
                 parts.append((rest, every.expand(rest.stop - listed, -1), None))
             for rows, lists, lengths in parts:
                 part = slice(rows.start * BLOCK, rows.stop * BLOCK)
-                _attend(queries[part], keys, values, lists, lengths, bias, scale, head_out[part], head_lse[part])
+                _attend(queries[part], keys, values, lists, lengths, bias, scale, head_out[part], head_lse[part],
+                        started=far is not None and rows.start == 0)
             if coarse is not None:
                 _add_coarse(head_out, gate[b, :, h].index_select(0, slots), coarse[b, h], blocks_per_tile * BLOCK)
             if slots is None:
@@ -55,8 +58,16 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
     return out, lse
 
 
-def _attend(queries, keys, values, lists, lengths, bias, scale, out, lse):
-    """One head's query blocks over their lists, into out [n*64, D] and lse [n*64], which hold 0 and -inf.
+def _start(out, lse, far, far_lse, slots):
+    """Into out [S, D] and lse [S] of one head what its queries have seen already.   far: [N, D];  slots per tile"""
+    rows = far.shape[0] * slots
+    out[:rows].unflatten(0, (-1, slots)).copy_(torch.where(far_lse == -torch.inf, 0, far.T).T[:, None])
+    lse[:rows].unflatten(0, (-1, slots)).copy_(far_lse[:, None])
+
+
+def _attend(queries, keys, values, lists, lengths, bias, scale, out, lse, started):
+    """One head's query blocks over their lists, into out [n*64, D] and lse [n*64], which hold 0 and -inf or, with
+    `started`, what was seen before.
 
     queries: [n*64, D];  keys, values: [blocks, 64, D];  lists: [n, K];  lengths: [n], or None where all are K.
     """
@@ -76,8 +87,9 @@ def _attend(queries, keys, values, lists, lengths, bias, scale, out, lse):
         picked = picked.flatten().long()
         offset = None if bias is None else bias[picked].view(rows, 1, longest * BLOCK)
         scaled = queries[slots].to(compute).mul(scale).view(-1, BLOCK, dim)
+        start = (out[slots].view(-1, BLOCK, dim), lse[slots].view(-1, BLOCK, 1)) if started else None
         rows_out, rows_lse = _softmax_attention(
-            scaled, _gather(keys, picked, scaled), _gather(values, picked, scaled), offset)
+            scaled, _gather(keys, picked, scaled), _gather(values, picked, scaled), offset, start)
         out[slots], lse[slots] = rows_out.flatten(0, 1), rows_lse.flatten()
 
 
@@ -116,18 +128,28 @@ def _gather(blocks, picked, queries):
     return blocks.index_select(0, picked).view(queries.shape[0], -1, blocks.shape[-1])
 
 
-def _softmax_attention(queries, keys, values, offset):
-    """queries: [n, 64, D] scaled; keys, values: [n, L, D]; offset: [n, 1, L] or None -> [n, 64, D], [n, 64, 1]"""
+def _softmax_attention(queries, keys, values, offset, start=None):
+    """queries: [n, 64, D] scaled; keys, values: [n, L, D]; offset: [n, 1, L] or None -> [n, 64, D], [n, 64, 1]
+
+    start: a result of the same shapes over other keys, to be included, or None.
+    """
     if offset is None:
         scores = torch.bmm(queries, keys.transpose(1, 2))
     else:
         scores = torch.baddbmm(offset, queries, keys.transpose(1, 2))
     peak = scores.amax(-1, keepdim=True)
+    if start is not None:
+        peak = torch.maximum(peak, start[1])
     if offset is not None:
         peak.masked_fill_(peak == -torch.inf, 0)
     weights = scores.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)
-    return torch.bmm(weights, values).div_(torch.where(total == 0, 1, total)), peak + total.log()
+    out = torch.bmm(weights, values)
+    if start is not None:
+        mass = (start[1] - peak).exp_()
+        out.addcmul_(mass, start[0])
+        total += mass
+    return out.div_(torch.where(total == 0, 1, total)), peak + total.log()
 
 
 SPEC = KernelSpec(

@@ -71,8 +71,9 @@ class KernelSpec:
 
     `load()` returns `run(q, k, v, indices, counts, block_sizes, scale, return_lse, *, out, lse) -> (out, lse | None)`
     and is the only place that imports what the kernel needs; `out` and `lse` are where to write, made when None.
-    `missing()` says what is not installed, or None. A kernel that gathers also takes token_rows to tile_grid of
-    `kernels.block_sparse_attention`. Kernels of tile means and of selections: `kernels.tile_ops`.
+    `missing()` says what is not installed, or None. A kernel also takes token_rows to far_lse of
+    `kernels.block_sparse_attention` in their order; one that does not gather finds None for token_rows to
+    coarse. Kernels of tile means and of selections: `kernels.tile_ops`.
     """
 
     name: str

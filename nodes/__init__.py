@@ -6,6 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 from .evidence.compare_clips import CompareClips
 from .evidence.report import SparseAttentionReport
 from .methods.sliding_tile_attention import SlidingTileAttentionPatch
+from .methods.sparse_linear_attention import SparseLinearAttentionPatch
+from .methods.video_mixture_of_block_attention import VideoMixtureOfBlockAttentionPatch
 from .methods.video_sparse_attention import VideoSparseAttentionPatch
 from .strategies.strategy_files import LoadSTAStrategy, SaveSTAStrategy
 from .strategies.strategy_search import STAStrategySearch
@@ -14,7 +16,8 @@ from .trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     VideoSparseAttentionPatch, SparseAttentionReport, SparseDiffusionModelLoader, VSAGatesAttach,
-    SlidingTileAttentionPatch, LoadSTAStrategy, SaveSTAStrategy, STAStrategySearch, CompareClips)
+    SlidingTileAttentionPatch, LoadSTAStrategy, SaveSTAStrategy, STAStrategySearch, CompareClips,
+    SparseLinearAttentionPatch, VideoMixtureOfBlockAttentionPatch)
 
 
 class VideoSparseAttentionExtension(ComfyExtension):

@@ -25,7 +25,7 @@ def right(*operands, **buffers):
 def _edit(**changes):
     """The reference with operands changed by name: each change gets the operand and all of them."""
     names = ("q", "k", "v", "indices", "counts", "block_sizes", "scale", "return_lse", "token_rows", "gate", "coarse",
-             "blocks_per_tile", "tile_grid")
+             "blocks_per_tile", "tile_grid", "far", "far_lse")
 
     def run(*operands, **buffers):
         named = dict(zip(names, operands))
@@ -42,6 +42,10 @@ loses_a_key_of_a_cut_block = _edit(block_sizes=lambda x, _: torch.where((x > 0) 
 scale_off_by_three_percent = _edit(scale=lambda x, _: x * 1.03)
 forgets_the_gate = _edit(gate=lambda x, _: x * 0)
 takes_the_mean_of_another_tile = _edit(coarse=lambda x, _: x.roll(1, 2))
+forgets_what_was_seen = _edit(far_lse=lambda x, _: torch.full_like(x, -torch.inf))
+reads_what_nobody_has_seen = _edit(far_lse=lambda x, _: x.nan_to_num(neginf=-1e4))
+starts_in_binary_logarithms = _edit(far_lse=lambda x, _: x * 1.4427)
+starts_from_another_tile = _edit(far=lambda x, _: x.roll(4, 2))
 counts_tiles_by_blocks = _edit(blocks_per_tile=lambda x, _: 1)
 reads_the_lists_of_the_first_batch = _edit(
     indices=lambda x, _: x[:1].expand_as(x), counts=lambda x, _: x[:1].expand_as(x))

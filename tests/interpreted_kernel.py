@@ -1,7 +1,8 @@
 """Runs the Triton kernel in Triton's CPU interpreter, in a process of its own.
 
 Triton decides when it is imported whether its own library functions are interpreted, so a process that has
-imported it for anything else cannot interpret, and one that interprets cannot compile.
+imported it for anything else cannot interpret, and one that interprets cannot compile. Tensors travel as bytes:
+pickled as they are, each would keep a file open in both processes.
 """
 from __future__ import annotations
 
@@ -22,29 +23,27 @@ def run(worker, *operands, scale, return_lse=True, head_stride=None):
     head_stride: lay k and v out with this many elements between heads, in memory that is reserved but not touched.
     Raises MemoryError where that much cannot be reserved.
     """
-    parcel = io.BytesIO()
-    import torch
-    torch.save(operands, parcel)
-    answer = worker.submit(_run, parcel.getvalue(), scale, return_lse, head_stride).result()
-    return torch.load(io.BytesIO(answer))
+    return _opened(worker.submit(_run, _packed(operands), scale, return_lse, head_stride).result())
 
 
 def call(worker, module, *operands):
     """`run` of kernels/triton/<module>.py on operands with the strides they have here: tensors, numbers and None."""
-    import torch
-    parcel = io.BytesIO()
-    torch.save([list(x) if isinstance(x, tuple) else x for x in operands], parcel)
-    return torch.load(io.BytesIO(worker.submit(_call, module, parcel.getvalue()).result()))
+    operands = [list(x) if isinstance(x, tuple) else x for x in operands]
+    return _opened(worker.submit(_call, module, _packed(operands)).result())
 
 
 def select_within(worker, score_bytes, *operands):
     """`run` of kernels/triton/select_tiles.py with another bound on the scores held at once."""
-    return worker.submit(_select_within, score_bytes, operands).result()
+    return _opened(worker.submit(_select_within, score_bytes, _packed(operands)).result())
 
 
-def attend_video(worker, q, k, v, gate, **metadata):
-    """Video sparse attention in sequence order with every Triton kernel -> (out, the tiles that were kept)."""
-    return worker.submit(_attend_video, q, k, v, gate, metadata).result()
+def attend_video(worker, q, k, v, gate, kept=None, **metadata):
+    """Video sparse attention in sequence order with every Triton kernel -> (out, the tiles that were kept).
+
+    kept: `KeptTiles` to read in place of the best ones.
+    """
+    lists = None if kept is None else vars(kept)
+    return _opened(worker.submit(_attend_video, _packed((q, k, v, gate, lists)), metadata).result())
 
 
 def triton_on_the_cpu():
@@ -70,47 +69,56 @@ def _prepare():
     torch.use_deterministic_algorithms(True)        # torch.empty fills with NaN
 
 
-def _run(parcel, scale, return_lse, head_stride):
+def _packed(operands):
     import torch
+    parcel = io.BytesIO()
+    torch.save(operands, parcel)
+    return parcel.getvalue()
 
+
+def _opened(parcel):
+    import torch
+    return torch.load(io.BytesIO(parcel))
+
+
+def _run(parcel, scale, return_lse, head_stride):
     from pack.kernels.triton import block_sparse
 
     assert block_sparse.INTERPRET
-    q, k, v, *selection = torch.load(io.BytesIO(parcel))
+    q, k, v, *selection = _opened(parcel)
     if head_stride:
         k, v = _spread(k, head_stride), _spread(v, head_stride)
-    answer = io.BytesIO()
-    torch.save(block_sparse.run(q, k, v, *selection, scale, return_lse), answer)
-    return answer.getvalue()
+    return _packed(block_sparse.run(q, k, v, *selection, scale, return_lse))
 
 
 def _call(module, parcel):
     import importlib
-
-    import torch
-    answer = io.BytesIO()
-    torch.save(importlib.import_module(f"pack.kernels.triton.{module}").run(*torch.load(io.BytesIO(parcel))), answer)
-    return answer.getvalue()
+    return _packed(importlib.import_module(f"pack.kernels.triton.{module}").run(*_opened(parcel)))
 
 
-def _select_within(score_bytes, operands):
+def _select_within(score_bytes, parcel):
     from pack.kernels.triton import select_tiles
     kept, select_tiles.SCORE_BYTES = select_tiles.SCORE_BYTES, score_bytes
     try:
-        return select_tiles.run(*operands)
+        return _packed(select_tiles.run(*_opened(parcel)))
     finally:
         select_tiles.SCORE_BYTES = kept
 
 
-def _attend_video(q, k, v, gate, metadata):
+def _attend_video(parcel, metadata):
     from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
+    from pack.vsa_core.mass_lists import KeptTiles
     for module, name, table in triton_on_the_cpu():
         setattr(module, name, table)
+    q, k, v, gate, lists = _opened(parcel)
+    kept = None if lists is None else KeptTiles(**lists)
     seen = []
     md = VideoSparseAttentionMetadataBuilder().build(0, patch_size=(1, 1, 1), device="cpu", **metadata)
     impl = VideoSparseAttentionImpl(q.shape[2], q.shape[3], backend="triton",
                                     on_selection=lambda tiles, md: seen.append(tiles))
-    return impl.attend(q, k, v, md, gate), seen[0]
+    impl.kept = kept
+    out = impl.attend(q, k, v, md, gate)
+    return _packed((out, seen[0] if kept is None else kept.mask(q.device)))
 
 
 def _spread(x, head_stride):

@@ -17,13 +17,14 @@ TINY = {
     "wan_t2v": ("tiny_wan_t2v", SMALL), "wan_i2v": ("tiny_wan_i2v", SMALL),
     "wan_sta_strategy": ("tiny_wan_t2v", Tiny(width=192, height=160)),
     "wan22_t2v": ("tiny_wan_t2v", SMALL), "wan22_i2v": ("tiny_wan_i2v", SMALL),
-    "fastwan": ("tiny_wan_vsa", SMALL),
+    "fastwan": ("tiny_wan_vsa", SMALL), "turbowan": ("tiny_wan_sla", SMALL),
     "hunyuan_video15": ("tiny_hunyuan_video15", HUNYUAN15),
     "ltx2": ("tiny_ltxav", LTX2),
     "minimax_h3": ("tiny_minimax_h3", H3),
 }
 """How a workflow's name starts: the tiny checkpoint that stands for its model, and what that takes."""
-SPARSE = ("VideoSparseAttentionPatch", "SlidingTileAttentionPatch")
+SPARSE = ("VideoSparseAttentionPatch", "SlidingTileAttentionPatch", "SparseLinearAttentionPatch",
+          "VideoMixtureOfBlockAttentionPatch")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_every_workflow_runs_on_a_tiny_checkpoint_attends_sparsely_and_saves_its
         assert any("wan2.1_1.3b_480p_0000" in text for node in outputs.values() for text in node["text"])
         return
     reports = [node for node in outputs.values() if "sparse_attention" in node]
-    method = "STA" if "sta" in name.split("_") else "VSA"
+    method = next((method for method in ("STA", "SLA", "VMoBA") if method.lower() in name.split("_")), "VSA")
     assert len(reports) == sum(node["type"] in SPARSE for node in graph["nodes"])
     for report in reports:
         assert report["sparse_attention"] and report["images"]
@@ -297,7 +298,7 @@ def test_a_strategy_is_searched_saved_listed_loaded_and_run_in_the_server(server
 @pytest.mark.parametrize("least", [False, True], ids=["as it was stored", "with required inputs only"])
 def test_prompts_that_an_earlier_version_stored_run(server, object_info, least):
     """In the order of this list: the second saves the strategy that the third loads."""
-    names = ("vsa_gates", "sta_search", "sta_strategy", "compare_clips")
+    names = ("vsa_gates", "sta_search", "sta_strategy", "compare_clips", "sla", "vmoba")
     stored = [ROOT / "tests" / "prompts" / f"0_1_0_{name}.json" for name in names]
     assert set(stored) == set((ROOT / "tests" / "prompts").glob("*.json"))
     for path in stored:

@@ -110,13 +110,14 @@ class TileLayout:
         return (self.padded_seq_length - self.num_video_slots) // BLOCK
 
     @classmethod
-    def of_grid(cls, grid: TokenGrid, tile_size: Thw, device: torch.device, **fields):
+    def of_grid(cls, grid: TokenGrid, tile_size: Thw, device: torch.device, any_volume: bool = False, **fields):
         """The layout of a grid, with the other fields of a subclass. Raises ValueError for a tile that is none.
 
-        tile_size: any whose volume is a multiple of 64 or at most 64.
+        tile_size: any whose volume is a multiple of 64 or at most 64. any_volume: any at all; then a tile may end
+        inside a block, and `tile_grid` is not for a kernel that reads tiles as boxes.
         """
         volume = math.prod(tile_size)
-        if len(tile_size) != 3 or min(tile_size) < 1 or (volume > BLOCK and volume % BLOCK):
+        if len(tile_size) != 3 or min(tile_size) < 1 or (volume > BLOCK and volume % BLOCK and not any_volume):
             raise ValueError(f"tile {'x'.join(map(str, tile_size))} holds {volume} tokens: "
                              f"wanted at most {BLOCK} or a multiple of {BLOCK}")
         device = torch.device(device)

@@ -24,11 +24,15 @@ STR_BACKEND_ENV_VAR = "FASTVIDEO_ATTENTION_BACKEND"
 
 
 class AttentionBackendEnum(Enum):
-    """The attention backends of this package, by FastVideo's names."""
+    """The attention backends of this package, by FastVideo's names; the last one is this package's own."""
 
     TORCH_SDPA = auto()
     VIDEO_SPARSE_ATTN = auto()
     SLIDING_TILE_ATTN = auto()
+    SLA_ATTN = auto()
+    SAGE_SLA_ATTN = auto()
+    VMOBA_ATTN = auto()
+    POOLED_CHUNK_ATTN = auto()
 
 
 _CLASSES = {AttentionBackendEnum[backend.get_name()]: backend for backend in (SDPABackend, *BACKENDS)}

@@ -1,5 +1,9 @@
-"""Nodes for the demo and the tests: random text conditioning, an empty audio latent and a VAE without weights. ComfyUI
-has no node that makes these without a text encoder or a VAE, and none of those is small enough to ship."""
+"""Nodes for the demo and the tests: prompts without a text encoder, an empty audio latent, clips without a VAE. ComfyUI
+has no node that makes these without such models, and none of those is small enough to ship."""
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -19,6 +23,49 @@ class DemoConditioning(io.ComfyNode):
         gen = torch.Generator().manual_seed(seed)
         return io.NodeOutput([[torch.randn(1, tokens, width, generator=gen),
                                {"pooled_output": torch.randn(1, 768, generator=gen)}]])
+
+
+def scenes():
+    """quality/scenes.py, which knows what the tiny trained model was taught."""
+    path = Path(__file__).resolve().parents[2] / "quality" / "scenes.py"
+    spec = importlib.util.spec_from_file_location("demo_pack_scenes", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class DemoScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DemoScene", display_name="Demo Scene", category="demo",
+            description="A prompt for the tiny trained model: coloured shapes, drawn by the seed.",
+            inputs=[io.Int.Input("seed", default=1004, min=0)],
+            outputs=[io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative")])
+
+    @classmethod
+    def execute(cls, seed):
+        made = scenes()
+        words = made.words(made.draw_scene(torch.Generator().manual_seed(seed), 8, 32, 32))[None]
+        return io.NodeOutput([[words, {}]], [[torch.zeros_like(words), {}]])
+
+
+class DemoDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DemoDecode", display_name="Demo Decode", category="demo",
+            description="The clip that ComfyUI's preview shows of a Wan latent, every latent pixel as a square.",
+            inputs=[io.Latent.Input("samples"), io.Int.Input("pixels", default=6, min=1)],
+            outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, samples, pixels):
+        from comfy.latent_formats import Wan21
+        rgb = scenes().to_rgb(Wan21().process_in(samples["samples"].float()))[0]
+        images = ((rgb + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0)
+        return io.NodeOutput(images.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2))
 
 
 class DemoAudioLatent(io.ComfyNode):
@@ -71,7 +118,7 @@ class DemoVAE(io.ComfyNode):
 
 class DemoExtension(ComfyExtension):
     async def get_node_list(self):
-        return [DemoConditioning, DemoAudioLatent, DemoVAE]
+        return [DemoConditioning, DemoScene, DemoDecode, DemoAudioLatent, DemoVAE]
 
 
 async def comfy_entrypoint():

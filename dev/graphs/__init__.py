@@ -7,6 +7,7 @@ METHODS = ("vsa", "sta")
 GRAPHS = {
     **{f"wan_t2v_{method}": partial(one_model.wan_t2v, method=method) for method in METHODS},
     "wan_t2v_14b_720p_vsa": one_model.wan_14b_720p,
+    "wan_t2v_vmoba": partial(one_model.wan_t2v, method="vmoba"),
     "wan_i2v_14b_vsa": one_model.wan_i2v,
     "wan_sta_strategy_search": strategies.search,
     "wan_sta_strategy_load": strategies.load,
@@ -15,6 +16,7 @@ GRAPHS = {
     "wan22_i2v_14b_vsa": partial(two_models.image_to_video, fast=False),
     "wan22_i2v_14b_4step_vsa": partial(two_models.image_to_video, fast=True),
     "fastwan_vsa_3step": custom_sampling.fastwan,
+    "turbowan_t2v_sla_4step": custom_sampling.turbowan,
     "fastwan_attach_gates_vsa": partial(custom_sampling.fastwan, attach=True),
     **{f"hunyuan_video15_t2v_{method}": partial(one_model.hunyuan15_t2v, method=method) for method in METHODS},
     "hunyuan_video15_i2v_vsa": one_model.hunyuan15_i2v,

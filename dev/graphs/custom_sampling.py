@@ -1,11 +1,11 @@
-"""Graphs with SamplerCustomAdvanced: LTX-2 and MiniMax H3 with sound, FastWan.
+"""Graphs with SamplerCustomAdvanced: LTX-2 and MiniMax H3 with sound, FastWan, TurboWan.
 
 VAEs are loaded at the top, so that their links run above the middle columns to the decoders.
 """
 from __future__ import annotations
 
 from . import parts
-from .files import FASTWAN, FASTWAN_FILE, UMT5, WAN_VAE
+from .files import FASTWAN, FASTWAN_FILE, TURBOWAN, UMT5, WAN_VAE
 from .notes import MOTION, PROMPT, SOUND, about, hub
 from .page import POSITIVE
 
@@ -127,15 +127,48 @@ def fastwan(page, attach=False):
         means, files = ": the loader keeps them, and the VSA node uses them.", FASTWAN_FILES
     shifted = parts.shift(page, gated[-1][0], 8.0)
     a = page.group("Step 1 - Load models", (0, 0), [decoder, words, *gated, shifted])
+    patched, made, low, left, c = few_steps(page, "vsa", a, words, shifted[0], size=size,
+                                            title="DMD schedule: 1000, 757, 522", sigmas="1.0, 0.757, 0.522, 0.0")
+    finish(page, 5, c, "vsa", 16.0, "fastwan_vsa", (made, 0), (patched, made), decoder[0],
+           FASTWAN_TEXT.format(means, parts.tokens(*size)), left, low)
+    parts.model_links(page, (0, a.bottom + 20), more=files, size=(360, 520))
+
+
+def few_steps(page, method, a, words, model, size, title, sigmas):
+    """Size, prompt and sampling of a distilled Wan -> (sparse node, sampler, lowest edge, left edge, last group)."""
     prompt = page.add("CLIPTextEncode", "Prompt", (380, 150), POSITIVE, clip=words[0], text=PROMPT)
-    empty = page.add("EmptyHunyuanLatentVideo", size=(380, 0), width=size[0], height=size[1], length=size[2],
-                     batch_size=1)
+    empty = page.add("EmptyHunyuanLatentVideo", size=(380, 0), width=size[0], height=size[1],
+                     length=size[2], batch_size=1)
     b = page.group("Step 2 - Video size", (a.right + 20, 80), [empty])
     b2 = page.group("Step 3 - Prompt", (b.left, b.bottom + 20), [prompt])
-    patched = parts.sparse(page, "vsa", shifted[0], start_percent=0.0)
+    patched = parts.sparse(page, method, model, start_percent=0.0)
     guider = page.add("BasicGuider", size=(320, 0), model=patched[0], conditioning=prompt[0])
-    sigmas = page.add("ManualSigmas", "DMD schedule: 1000, 757, 522", (320, 0), sigmas="1.0, 0.757, 0.522, 0.0")
-    made, c = sampling(page, 4, (b.right + 20, 80), guider, "lcm", sigmas, empty[0], [PASSAGE])
-    finish(page, 5, c, "vsa", 16.0, "fastwan_vsa", (made, 0), (patched, made), decoder[0],
-           FASTWAN_TEXT.format(means, parts.tokens(*size)), b.left, max(b2.bottom, c.bottom) + 20)
-    parts.model_links(page, (0, a.bottom + 20), more=files, size=(360, 520))
+    schedule = page.add("ManualSigmas", title, (320, 0), sigmas=sigmas)
+    made, c = sampling(page, 4, (b.right + 20, 80), guider, "lcm", schedule, empty[0], [PASSAGE])
+    return patched, made, max(b2.bottom, c.bottom) + 20, b.left, c
+
+
+TURBOWAN_TEXT = (
+    "**TurboWan** is Wan 2.1 distilled to four steps and trained with Sparse-Linear Attention. Its projections are "
+    "part of the model: the loader keeps them, and the SLA node uses them.\n\n- `ratio` 0.1 is what it was trained "
+    "with, 0.15 looks better. `start_percent` is 0.\n- Four steps at its own sigmas with sampler `lcm`. No cfg, no "
+    "shift.\n\n"
+    "**What to expect**: {:,} tokens. The report says in how many layers the projections were used. Dense, or without "
+    "its projections, this is not the model that was trained: there is nothing to compare with.")
+TURBOWAN_FILES = (
+    f"[loayrashid/{TURBOWAN}]({hub(f'loayrashid/{TURBOWAN}')}) is a diffusers folder. Only its `transformer` is needed:"
+    f"\n\n`hf download loayrashid/{TURBOWAN} --include \"transformer/*\" --local-dir ComfyUI/models/diffusion_models/"
+    f"{TURBOWAN}`\n\nThe `.pth` files of TurboDiffusion itself are not read.")
+
+
+def turbowan(page):
+    size = (832, 480, 81)
+    decoder = parts.vae(page, WAN_VAE)
+    words = page.add("CLIPLoader", size=(360, 0), clip_name=UMT5, type="wan", device="default")
+    model = page.add("SparseDiffusionModelLoader", size=(360, 130), model_name=TURBOWAN, weight_dtype="default")
+    a = page.group("Step 1 - Load models", (0, 0), [decoder, words, model])
+    patched, made, low, left, c = few_steps(page, "sla", a, words, model[0], size=size, title="rCM schedule",
+                                            sigmas="0.98765, 0.93378, 0.8529, 0.60898, 0.0")
+    finish(page, 5, c, "sla", 16.0, "turbowan_sla", (made, 0), (patched, made), decoder[0],
+           TURBOWAN_TEXT.format(parts.tokens(*size)), left, low)
+    parts.model_links(page, (0, a.bottom + 20), more=TURBOWAN_FILES, size=(360, 520))

@@ -8,6 +8,7 @@ HUNYUAN15 = "Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
 H3 = "Comfy-Org/MiniMax-H3/resolve/main"
 FASTWAN = "FastWan2.1-T2V-1.3B-Diffusers"
 FASTWAN_FILE = "FastWan2.1-T2V-1.3B.safetensors"
+TURBOWAN = "TurboWan2.1-T2V-1.3B-Diffusers"
 
 UMT5, WAN_VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
 SOURCES = {

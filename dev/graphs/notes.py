@@ -23,13 +23,18 @@ STA = ("**Sliding Tile Attention** lets every 3-D tile of the clip look at a win
        "- `window` 1.0x0.5x0.5 sees all of time, half of the height and half of the width. Smaller is faster and "
        "further from dense.\n"
        "- A strategy gives every step, layer and head a window of its own: see *wan_sta_strategy_search*.\n")
+VMOBA = ("**Video Mixture of Block Attention** lets every token of the clip look at its own chunk and at those that it "
+         "chooses itself. Layers take turns: chunks of whole frames, columns through time, boxes.\n\n"
+         "- `threshold` 0.25 looks at about a fifth of the clip. Higher is slower and closer to dense.\n"
+         "- `form` pooled lets 64 tokens choose together: cheaper and coarser.\n"
+         "- No model was published that was trained for it; it pays on long and large clips, if at all.\n")
 EXPECT = ("**What to expect**: {tokens:,} tokens{each}. After a run the sparse node says *ON*, *OFF* or *SLOWER*, "
           "with the reason, and the report shows where the middle of the clip looks.")
 
 
 def about(method, tokens, more="", each="", compare=COMPARE):
     """What a graph does and what its user will see."""
-    text = {"vsa": VSA, "sta": STA}[method] + (f"\n{more}\n" if more else "")
+    text = {"vsa": VSA, "sta": STA, "vmoba": VMOBA}[method] + (f"\n{more}\n" if more else "")
     return f"{text}\n{EXPECT.format(tokens=tokens, each=each)}\n\n{compare}"
 
 

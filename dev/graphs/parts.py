@@ -10,6 +10,8 @@ SETTINGS = {"backend": "auto", "start_percent": 0.2, "end_percent": 1.0, "dense_
             "strict": False, "verbose": False}
 METHODS = {
     "vsa": ("VideoSparseAttentionPatch", {"sparsity": 0.8, "tile_size": "auto"}),
+    "sla": ("SparseLinearAttentionPatch", {"ratio": 0.15, "query_run": "auto", "feature_map": "auto"}),
+    "vmoba": ("VideoMixtureOfBlockAttentionPatch", {"form": "exact", "select": "threshold", "threshold": 0.25}),
     "sta": ("SlidingTileAttentionPatch", {"window": "1.0x0.5x0.5", "tile_size": "auto"}),
 }
 VERDICT_SPACE = 420

@@ -78,6 +78,14 @@ struct Coarse {
     int tiles, blocks_per_tile;
 };
 
+// What query blocks have seen before their lists: the mean of its values and the natural log of its sum of
+// exponentials, -inf for nothing. lse: null without any.
+struct Start {
+    const float *means, *lse;
+    long long mean_batch, mean_head, mean_tile, lse_batch, lse_head, lse_tile;       // strides in elements
+    int tiles, blocks_per_tile;
+};
+
 // The machine: everything below that is not plain C++. The tests put an emulator of it in this place.
 
 #if HALF
@@ -548,6 +556,24 @@ DEVICE void softmax(float (&s)[2 * SCORES], float (&peak)[2], float (&total)[2],
     }
 }
 
+// Where the softmax of this warpgroup's rows begins. Of a row's sum each of its four threads holds a quarter.
+DEVICE void begin(float (&o)[OUTPUTS], float (&peak)[2], float (&total)[2], const Start& start, int block,
+                  float scale) {
+    int tile = start.lse ? block / start.blocks_per_tile : 0, head = block_y(), batch = block_z();
+    if (tile >= start.tiles) return;
+    float seen = start.lse[batch * start.lse_batch + head * start.lse_head + tile * start.lse_tile];
+    if (seen == none()) return;
+    const float* mean = start.means + batch * start.mean_batch + head * start.mean_head + tile * start.mean_tile
+                        + thread_index() % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; ++i) o[i] = mean[i / 4 * 8 + i % 2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        peak[r] = seen * 1.4426950408889634f / scale;
+        total[r] = 0.25f;
+    }
+}
+
 // Called only when no product is in flight that reads p or writes o.
 template <int N>
 DEVICE void next_weights(unsigned (&p)[2 * WEIGHTS], float (&s)[2 * SCORES], float (&o)[OUTPUTS], const float (&decay)[2]) {
@@ -721,7 +747,7 @@ DEVICE void store(const float (&o)[OUTPUTS], const float (&peak)[2], const float
 GLOBAL void __launch_bounds__(THREADS, 1) block_sparse_forward(
     KERNEL_PARAMETER TensorMap q_boxes, KERNEL_PARAMETER TensorMap k_boxes, KERNEL_PARAMETER TensorMap v_boxes,
     KERNEL_PARAMETER TensorMap q_packed, KERNEL_PARAMETER TensorMap k_packed, KERNEL_PARAMETER TensorMap v_packed,
-    KERNEL_PARAMETER Boxes boxes, KERNEL_PARAMETER Coarse coarse,
+    KERNEL_PARAMETER Boxes boxes, KERNEL_PARAMETER Coarse coarse, KERNEL_PARAMETER Start start,
     unsigned short* out, float* lse, const int* indices, const int* counts, const int* block_sizes,
     const int* packed_rows,
     long long stride_ib, long long stride_ih, long long stride_iq, long long stride_ik,
@@ -782,6 +808,7 @@ GLOBAL void __launch_bounds__(THREADS, 1) block_sparse_forward(
         take_registers<CONSUMER_REGISTERS>();
         int consumer = group - 1, count = consumer == 0 ? count_0 : count_1;
         float o[OUTPUTS] = {}, peak[2] = {none(), none()}, total[2] = {};
+        begin(o, peak, total, start, first + consumer, scale_log2e);
         if (count > 0) consume(base, count, scale_log2e, consumer, one_for_both, o, peak, total);
         if (first + consumer < query_blocks)
             store(o, peak, total, scale_log2e, first + consumer, boxes, packed_rows, coarse, out, lse, tokens);

@@ -31,6 +31,15 @@ class Coarse(ctypes.Structure):
                 ("tiles", ctypes.c_int), ("blocks_per_tile", ctypes.c_int)]
 
 
+class Start(ctypes.Structure):
+    """`struct Start` of the source. `lse` null and no tile: every softmax begins with nothing."""
+
+    _fields_ = [("means", ctypes.c_void_p), ("lse", ctypes.c_void_p),
+                *((name, ctypes.c_longlong) for name in (
+                    "mean_batch", "mean_head", "mean_tile", "lse_batch", "lse_head", "lse_tile")),
+                ("tiles", ctypes.c_int), ("blocks_per_tile", ctypes.c_int)]
+
+
 NO_BOXES = Boxes(0, 0, 1, 1, *((1, 1, 1),) * 5)
 """Every block lies packed. The kernel divides by the sides all the same."""
 

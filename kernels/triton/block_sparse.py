@@ -37,23 +37,26 @@ def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[
-    "INDICES", "COUNTS", "SIZES", "TOKEN_ROWS", "COARSE",
+    "INDICES", "COUNTS", "SIZES", "TOKEN_ROWS", "COARSE", "FAR", "FAR_LSE",
     "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb", "stride_ch", "stride_cq",
     "stride_mb", "stride_mh", "stride_mn", "lists", "tokens", "tiles", "blocks_per_tile",
+    "stride_fb", "stride_fh", "stride_fn", "stride_lb", "stride_lh", "stride_ln", "far_tiles",
 ])
 def block_sparse_forward(
-    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, scale_log2e,
+    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, FAR, FAR_LSE, scale_log2e,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ib, stride_ih, stride_iq, stride_ik, stride_cb, stride_ch, stride_cq,
     stride_gb, stride_gs, stride_gh, stride_mb, stride_mh, stride_mn, lists, tokens, tiles, blocks_per_tile,
+    stride_fb, stride_fh, stride_fn, stride_lb, stride_lh, stride_ln, far_tiles,
     D: tl.constexpr, BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr, GATHER: tl.constexpr, COMBINE: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    START: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """Writes OUT [B, Sq, H, D] and LSE [B, H, Sq], both contiguous; launched over (Sq / 64, H, B).
 
     GATHER: Q, K, V, OUT and LSE hold `tokens` rows each, and slot s of the blocks is their row TOKEN_ROWS[s];
     launched over (slots / 64, H, B). The first `lists` query blocks have a list, those behind them are dense.
     COMBINE: adds GATE times the row of COARSE [B, H, tiles, D] that belongs to the query block.
+    START: the softmax starts from the query block's row of FAR [B, H, far_tiles, D] and FAR_LSE [B, H, far_tiles].
 
     Head-major order: programs that run together share one head's keys and values, so these stay in the L2 cache.
     head_dim 128 goes through in two panels of 64: for a [64, 128] product Triton spreads the warps of an
@@ -102,6 +105,20 @@ def block_sparse_forward(
     total = tl.zeros([BLOCK], tl.float32)
     acc_low = tl.zeros([BLOCK, PANEL], tl.float32)
     acc_high = tl.zeros([BLOCK, PANEL], tl.float32)
+    if START:
+        far_tile = row // blocks_per_tile
+        # As vectors, for the reason given at `has_tile`.
+        seen = FAR_LSE + batch * stride_lb + head * stride_lh + (far_tile + tl.zeros([BLOCK], tl.int64)) * stride_ln
+        peak = tl.load(seen, mask=far_tile + tl.zeros([BLOCK], tl.int64) < far_tiles, other=float("-inf"))
+        peak = peak * 1.4426950408889634
+        total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        seen = FAR_LSE + batch * stride_lb + head * stride_lh + (far_tile + tl.zeros([PANEL], tl.int64)) * stride_ln
+        has_far = far_tile + tl.zeros([PANEL], tl.int64) < far_tiles
+        has_far = has_far & (tl.load(seen, mask=has_far, other=float("-inf")) != float("-inf"))
+        far = FAR + batch * stride_fb + head * stride_fh + far_tile * stride_fn + dim
+        acc_low += tl.load(far, mask=has_far, other=0.0)[None, :]
+        if D > PANEL:
+            acc_high += tl.load(far + PANEL, mask=has_far, other=0.0)[None, :]
     block = _listed_block(listed, stride_ik, 0, count, dense, GATHER)
     size = tl.load(SIZES + block, mask=count > 0, other=0)
     if GATHER:
@@ -185,7 +202,8 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
-        blocks_per_tile=1, tile_grid=None, *, out=None, lse=None, config: Config | None = None):
+        blocks_per_tile=1, tile_grid=None, far=None, far_lse=None, *, out=None, lse=None,
+        config: Config | None = None):
     """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none.
 
     config: launch options to measure, taken as they are, in place of the table's for this card.
@@ -203,11 +221,14 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
     none = (0, 0, 0)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         block_sparse_forward[(slots // BLOCK, heads, batch)](
-            q, k, v, out, lse, indices, counts, block_sizes, token_rows, gate, coarse, scale * math.log2(math.e),
+            q, k, v, out, lse, indices, counts, block_sizes, token_rows, gate, coarse, far, far_lse,
+            scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride(), *counts.stride(),
             *(none if gate is None else gate.stride()[:3]), *(none if coarse is None else coarse.stride()[:3]),
             indices.shape[2], tokens, 0 if coarse is None else coarse.shape[2], blocks_per_tile,
+            *(none if far is None else far.stride()[:3]), *(none if far is None else far_lse.stride()),
+            0 if far is None else far.shape[2],
             D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, GATHER=token_rows is not None, COMBINE=gate is not None,
-            INTERPRET=INTERPRET, **config._asdict(),
+            START=far is not None, INTERPRET=INTERPRET, **config._asdict(),
         )
     return out, lse

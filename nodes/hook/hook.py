@@ -21,7 +21,7 @@ from .beforehand import blocks_that_are_not_there, prove_kernels
 from .chain import hooks_from
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
-from .method import LayerCall, Method, Step
+from .method import CompletesDense, LayerCall, Method, Step
 from .place_of_run import executing
 from .places import is_compiled, place_in_schedule
 from .run import DENSE, OTHER, SPARSE, Run
@@ -134,6 +134,8 @@ class SparseAttentionHook:
         run.finish()
         for text in self.method.remarks(run):
             run.warn(text)
+        if self.method.far_cure and (text := run.closeness.warning(self.method.far_cure)):
+            run.warn(text)
         self.runs = [*(earlier for earlier in self.runs if earlier.prompt == run.prompt is not None), run]
         text = status_text(run, True) if self.settings.verbose else node_text(run)
         log.info("%s", text if self.settings.verbose else text.replace("\n- ", " | "))
@@ -217,7 +219,8 @@ class SparseAttentionHook:
         if isinstance(grid, str):
             run.other[grid] += 1
             with run.timed(OTHER, None, q.device):
-                return self._dense(func, options, q, k, v, heads, *args, **kwargs)
+                out = self._dense(func, options, q, k, v, heads, *args, **kwargs)
+            return self._completed(out, (q, k, v), heads, given, options, run, OTHER)
         layer, layers = self.family.layer(step.net, options, running_block(options))
         of_heads = self.family.heads(step.net)[0]
         part = step.heads_of(layer, heads, of_heads)
@@ -239,7 +242,17 @@ class SparseAttentionHook:
         with run.timed(DENSE, layer, q.device) as span:
             out = dense.compute()
         add(self.calls.speed.dense_times(dense), span)
-        return out
+        return self._completed(out, (q, k, v), heads, given, options, run, layer)
+
+    def _completed(self, out, qkv, heads, given, options, run: Run, layer):
+        """A dense result with what the model was trained to have added to it."""
+        finish = self.method.after_dense(options) if isinstance(self.method, CompletesDense) else None
+        if finish is None:
+            return out
+        run.completed[layer] += 1
+        skip_output_reshape = given.get("skip_output_reshape", False)
+        qkv = (to_bshd(x, heads, given.get("skip_reshape", False)) for x in qkv)
+        return from_bshd(finish(to_bshd(out, heads, skip_output_reshape), *qkv), skip_output_reshape)
 
     def _dense(self, func, options, *args, **kwargs):
         previous = self.previous(options)

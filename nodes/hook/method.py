@@ -1,15 +1,16 @@
 """The seam between the attention hook and the sparse methods."""
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...vsa_core.grid import TokenGrid
 from ..families import ModelCall
+from .closeness import Watch
 from .run import GridRecord, Run
 
 
@@ -31,6 +32,9 @@ class Method(Protocol):
     has_strict: bool
     """Whether its node has the widget `strict`."""
 
+    far_cure: str | None
+    """What brings its result closer to exact attention; None for a method whose result is exact."""
+
     def keeps_all(self, plan: Any, heads: int, call: LayerCall) -> bool:
         """Whether a call would leave nothing out: dense attention gives the same. Asked where `dense_serves`."""
 
@@ -48,6 +52,15 @@ class Method(Protocol):
 
     def remarks(self, run: Run) -> list[str]:
         """Sentences for the report of a finished run."""
+
+
+@runtime_checkable
+class CompletesDense(Protocol):
+    """A method of models for which even dense attention is not the whole of what they were trained with."""
+
+    def after_dense(self, options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+        """finish(out, q, k, v) -> what a call with these transformer_options is to give instead of the dense `out`, all
+        [B, S, H, D]; None where that is the dense result itself."""
 
 
 @dataclass
@@ -101,3 +114,10 @@ class LayerCall:
     """Where to put the density of this call."""
     sampled: bool = False
     """Whether this call is one of the few for which the density may cost device time, and to draw the map from."""
+    watch: Watch | None = None
+    """Where the kernels' lists go in a call whose closeness is measured."""
+
+    @property
+    def reads(self):
+        """What `AttentionImpl.on_lists` is to be in this call."""
+        return None if self.watch is None else self.watch.reads

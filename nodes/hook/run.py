@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...kernels import AUTO, Call, Contest, Span
 from ...vsa_core.grid import TokenGrid
+from .closeness import Closeness
 
-SPARSE, DENSE, OTHER, PROBE = "sparse", "dense", "other", "probe"
-"""Kinds of attention calls: video self-attention run sparse, the same run dense, everything else, and sparse calls run
-dense as well, only to be timed."""
+SPARSE, DENSE, OTHER, PROBE, MEASURE = "sparse", "dense", "other", "probe", "measure"
+"""Kinds of attention calls: video self-attention run sparse, the same run dense, everything else, sparse calls run
+dense as well, only to be timed, and tiles computed exactly, only to be compared."""
 
 
 @dataclass
@@ -55,7 +56,9 @@ class Run:
         self.other: Counter[str] = Counter()
         self.layers: dict[Any, Counter[str]] = defaultdict(Counter)
         self.gated: Counter[Any] = Counter()
-        """Sparse calls per layer that had a trained gate."""
+        """Sparse calls per layer that had a trained gate or projection."""
+        self.completed: Counter[Any] = Counter()
+        """Dense calls per layer to which the method added what the model was trained to have; OTHER: other calls."""
         self.proofs: dict[str, str] = {}
         """What the kernels that ran have shown on this card."""
         self.medians: dict[str, tuple[float, float, str]] = {}
@@ -81,6 +84,7 @@ class Run:
         self.notes: list[str] = []
         self.steps = 0
         self.sampled_step = -1
+        self.closeness = Closeness()
         self._not_finite: list[Tensor] = []
         self._spans: list[tuple[str, Any, Span]] = []
         self._calls_ms: dict[str, list[float]] | None = None
@@ -135,6 +139,7 @@ class Run:
         if any(bool(flag) for flag in self._not_finite):
             self.warn("NaN or infinity came in with q, k or v: the model's activations were broken before attention")
         self._not_finite.clear()
+        self.closeness.finish()
         self.plans.clear()
         for record in self.records.values():
             record.densities = [x.cpu() for x in record.densities]
@@ -158,7 +163,7 @@ class Run:
         where sparse calls could not be compared, or nothing ran sparse."""
         if not self.compared:
             return None
-        seconds = self.seconds - (self.milliseconds(SPARSE) + self.milliseconds(PROBE)) / 1e3
+        seconds = self.seconds - sum(map(self.milliseconds, (SPARSE, PROBE, MEASURE))) / 1e3
         for contest, calls in self.compared.items():
             medians = contest.so_far()
             if medians is None:
@@ -180,6 +185,7 @@ class Run:
             "gated_calls": self.gated.total(), "dense_calls": dict(self.dense), "other_calls": dict(self.other),
             "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
             "other_ms": self.milliseconds(OTHER), "dense_probes": self.probes,
+            **self.closeness.numbers(), "measured_ms": self.milliseconds(MEASURE),
             "sparse_ms_per_call": self.median_ms(SPARSE),
             "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds,
             "dense_seconds": self.dense_seconds(), "notes": self.said}

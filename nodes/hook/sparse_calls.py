@@ -12,9 +12,10 @@ from ... import kernels
 from ...kernels import Contest
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
+from .closeness import Watch
 from .method import LayerCall, Method, StaysDense
 from .no_kernel import dense_instead, failure_text, no_kernel_text, words_of
-from .run import PROBE, SPARSE, GridRecord, Run
+from .run import MEASURE, PROBE, SPARSE, GridRecord, Run
 from .settings import Settings
 from .speed import DenseCall, Speed
 
@@ -97,9 +98,13 @@ class SparseCalls:
                 return None, SLOWER
         record = run.records.get((grid, call.kernel)) or GridRecord(grid, self.method.facts(plan), call.kernel)
         sampled = run.sampled_step != step.number
-        call = replace(call, record=record, sampled=sampled or self.settings.verbose)
+        watch = run.closeness.watch(q.shape[0] * q.shape[1], call) if self.method.far_cure else None
+        call = replace(call, record=record, sampled=sampled or self.settings.verbose, watch=watch)
         with run.timed(SPARSE, call.layer, q.device) as span:
             out = self.method.attend(plan, q, k, v, call)
+        run.closeness.passed()
+        if watch is not None:
+            self._measure(run, watch, q, k, v, out)
         if sampled:
             run.sampled_step = step.number
             run.watch_finite(q, k, v)
@@ -130,6 +135,18 @@ class SparseCalls:
         else:
             run.warn(f"sparse is slower than dense here: {times}. Backend {call.kernel} was chosen by name: it stays")
         return False
+
+    @staticmethod
+    def _measure(run: Run, watch: Watch, *tensors: Tensor) -> None:
+        """Compute some tiles of a finished call exactly. The result is there, so that nothing may fail the sampling."""
+        try:
+            with run.timed(MEASURE, None, tensors[0].device):
+                run.closeness.measure(watch, *tensors)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            run.closeness.given_up = True
+            run.note(f"how close sparse attention is to exact could not be measured: {words_of(error)}")
 
     @staticmethod
     def _probe(contest: Contest, dense: DenseCall, run: Run, device: torch.device) -> None:

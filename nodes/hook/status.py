@@ -11,8 +11,11 @@ log = logging.getLogger(__name__)
 
 
 def node_text(run: Run) -> str:
-    """What stands under the node: the verdict, what the user has to see, the kernel, and the dense steps."""
-    return "\n".join([verdict(run), *bullets([*run.warnings, *_choice_lines(run), dense_steps(run)])])
+    """What stands under the node: the verdict, what the user has to see, how close it came to exact attention, the
+    kernel, and the dense steps."""
+    close = run.closeness.sentence()
+    close = "" if any(text.startswith(close) for text in run.warnings) else close
+    return "\n".join([verdict(run), *bullets([*run.warnings, close, *_choice_lines(run), dense_steps(run)])])
 
 
 def status_text(run: Run, verbose: bool = False) -> str:
@@ -21,7 +24,7 @@ def status_text(run: Run, verbose: bool = False) -> str:
     for entry in run.summary():
         if entry["grid"]:
             lines += [_kept_line(entry), _grid_line(entry)]
-    lines += _time_lines(run)
+    lines += [run.closeness.worst(), *_time_lines(run)]
     lines.append(f"attention calls: {run.sparse_calls} sparse, {run.dense.total()} dense" + _reasons(run.dense))
     if run.other:
         lines.append(f"other attention calls, left alone: {_listed(run.other)}")
@@ -88,12 +91,14 @@ def _choice_lines(run: Run) -> list[str]:
 def _kept_line(entry: dict) -> str:
     density = "" if entry["density"] is None else f" ({entry['density']:.1%} of all pairs of tokens)"
     kept = entry.get("label") or f"every tile looks at {entry['kept']} of {entry['tiles']} tiles"
-    return f"{kept}{density}, kernel {entry['backend']}"
+    far = ", the others count as one averaged token each" if entry.get("far_field") else ""
+    return f"{kept}{density}{far}, kernel {entry['backend']}"
 
 
 def _grid_line(entry: dict) -> str:
     others = "".join(f" + {entry[side]} {side}" for side in ("prefix", "suffix") if entry[side])
-    return f"clip of {_x(entry['grid'])} tokens (time x height x width){others}, tile {_x(entry['tile'])}"
+    tile = "" if entry.get("runs") or entry.get("chunks") else f", tile {_x(entry['tile'])}"
+    return f"clip of {_x(entry['grid'])} tokens (time x height x width){others}{tile}"
 
 
 def _time_lines(run: Run) -> list[str]:
@@ -107,7 +112,9 @@ def _layer_lines(run: Run) -> list[str]:
     for layer, counts in sorted(run.layers.items(), key=lambda item: (item[0] is None, item[0])):
         ms = {kind: run.layer_ms[layer, kind] for kind in (SPARSE, DENSE)}
         spent = ", ".join(f"{kind} {value:.1f} ms" for kind, value in ms.items() if value)
-        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)} calls; together {spent}")
+        close = run.closeness.of_layer(layer)
+        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)} calls; together {spent}"
+                     + (f"; {close}" if close else ""))
     return lines
 
 

@@ -19,7 +19,8 @@ CURES = {
     OUTSIDE: "every sampled step lies outside start_percent to end_percent. Lower start_percent or raise end_percent",
     ONE_FRAME: "it makes a single frame, and sparse attention needs a clip",
     BLOCKED: "dense_blocks names every block. Leave some out",
-    KEEPS_ALL: "with these settings every tile looks at the whole clip. Raise sparsity, or choose a smaller window",
+    KEEPS_ALL: "with these settings every tile looks at the whole clip. Raise sparsity, lower ratio or threshold, or "
+               "choose a smaller window",
     SLOWER: "dense attention is faster here. Longer or larger clips gain more",
     "out of memory": "there was no room on the GPU. Use a smaller clip",
 }

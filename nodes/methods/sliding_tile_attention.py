@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall, StaysDense
 from ..hook.run import Run
 from ..hook.settings import read_settings, settings_inputs, why_invalid
+from ..trained.fed_layers import warn_of_other_training
+from .far_field import OFF, far_field_input, uses_far_field
 from .local_layers import LocalLayers
 
 StrategyType = io.Custom("STA_STRATEGY")
@@ -39,10 +41,10 @@ class Plan:
     """One grid: its metadata, and the strategy's windows in tiles per schedule length and heads of a call."""
 
     metadata: SlidingTileAttentionMetadata
+    layers: LocalLayers
     params: dict[tuple[int, int, int], list] = field(default_factory=dict)
     densities: dict[tuple[Thw, ...], Tensor] = field(default_factory=dict)
     """Share of query-key pairs computed, per distinct windows of a layer's heads."""
-    layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN))
 
     @property
     def tiles(self) -> Thw:
@@ -63,10 +65,15 @@ class SlidingTileMethod:
     window: Thw | Share
     tile_size: Thw | None
     strategy: Strategy | None = None
+    far_field: bool = False
     name: str = "STA"
     dense_serves = True
     timed = True
     has_strict = True
+
+    @property
+    def far_cure(self) -> str:
+        return "choose a larger window" if self.strategy is None else "take a strategy with a smaller error"
 
     def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
         return all(is_full(window, plan.tiles) for window in self._metadata(plan, call).windows(heads))
@@ -75,14 +82,15 @@ class SlidingTileMethod:
         return round(plan.density(self._metadata(plan, call), heads).item(), 2)
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
-        return Plan(SlidingTileAttentionMetadataBuilder().build(
+        metadata = SlidingTileAttentionMetadataBuilder().build(
             STA_param=self.window, current_timestep=0, raw_latent_shape=grid.thw, device=device,
             tile_size=self.tile_size or auto_tile_size(grid.thw), prefix=grid.prefix, suffix=grid.suffix,
-            hidden=grid.hidden, cache_tile_buf=False))
+            hidden=grid.hidden, cache_tile_buf=False)
+        return Plan(metadata, LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN, far_field=self.far_field))
 
     def facts(self, plan: Plan) -> dict[str, Any]:
         md, tiles = plan.metadata, plan.tiles
-        facts = {"tile": list(md.layout.tile_size), "tiles": math.prod(tiles)}
+        facts = {"tile": list(md.layout.tile_size), "tiles": math.prod(tiles), "far_field": self.far_field}
         if self.strategy is not None:
             made_for = f" for {self.strategy.model}" if self.strategy.model else ""
             return {**facts, "kept": None, "window": None,
@@ -99,8 +107,10 @@ class SlidingTileMethod:
         call.record.densities.append(plan.density(md, heads))
         if call.sampled:
             call.record.tile_map = window_map(windows, plan.tiles)
+        layer = plan.layers.of(q, call.kernel)
+        layer.attn_impl.on_lists = call.reads
         with set_forward_context(md):
-            return plan.layers.of(q, call.kernel)(q, k, v)
+            return layer(q, k, v)
 
     def remarks(self, run: Run) -> list[str]:
         return []
@@ -164,6 +174,7 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                     tooltip="Windows per step, layer and head, from a file or a search. It is fitted to this clip's "
                             "grid and number of steps; it must be for a model of as many layers and heads."),
                 *settings_inputs(),
+                far_field_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -174,13 +185,16 @@ class SlidingTileAttentionPatch(io.ComfyNode):
         return why_invalid(lambda text: read_method(DEFAULT_WINDOW, text), tile_size)
 
     @classmethod
-    def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, **settings) -> io.NodeOutput:
+    def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, far_field=OFF,
+                **settings) -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
-        method = read_method(window, tile_size, strategy)
+        method = replace(read_method(window, tile_size, strategy), far_field=uses_far_field(far_field, False))
         if strategy is not None:
             family, net = family_of(model.model), model.model.diffusion_model
             strategy.require(family.layer(net, {}, 0)[1], family.heads(net)[0])
-        return io.NodeOutput(SparseAttentionHook.install(model, method, read_settings(**settings), node_id))
+        patched = SparseAttentionHook.install(model, method, read_settings(**settings), node_id)
+        warn_of_other_training(patched, node_id)
+        return io.NodeOutput(patched)
 
 
 def read_method(window: str, tile_size: str, strategy: Strategy | None = None) -> SlidingTileMethod:

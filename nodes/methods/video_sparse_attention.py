@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ from ..hook.method import LayerCall
 from ..hook.run import GridRecord, Run
 from ..hook.settings import read_settings, settings_inputs, why_invalid
 from ..hook.status import show_under_node
+from ..trained.fed_layers import warn_of_other_training
 from ..trained.gate_advice import advice_after, advice_before
 from ..trained.gates import GateSet, gate_of, gates_of
+from .attention_mass import MassLists, mass_input, mass_remarks, require_mass
+from .far_field import OFF, far_field_input, uses_far_field, warning
 from .local_layers import LocalLayers
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,8 @@ class Plan:
     """One grid: its metadata, and the layers that its calls go through."""
 
     metadata: VideoSparseAttentionMetadata
-    layers: LocalLayers = field(default_factory=lambda: LocalLayers(AttentionBackendEnum.VIDEO_SPARSE_ATTN))
+    layers: LocalLayers
+    mass: MassLists | None = None
 
 
 @dataclass(frozen=True)
@@ -50,26 +54,31 @@ class VideoSparseMethod:
     sparsity: float
     tile_size: Thw | None
     gates: GateSet | None = None
+    far_field: bool = False
+    mass: float = 0.0
     name: str = "VSA"
     timed = True
     has_strict = True
+    far_cure = "lower sparsity"
 
     @property
     def dense_serves(self) -> bool:
         return self.gates is None
 
     def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
-        return plan.metadata.topk == math.prod(plan.metadata.num_tiles)
+        return not self.mass and plan.metadata.topk == math.prod(plan.metadata.num_tiles)
 
-    def work(self, plan: Plan, heads: int, call: LayerCall) -> int:
-        return plan.metadata.topk
+    def work(self, plan: Plan, heads: int, call: LayerCall) -> tuple[int, float]:
+        return plan.metadata.topk, self.mass
 
     def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
         # No reused tile buffer: between layers it would hold three q-sized tensors that the host needs for itself.
-        return Plan(VideoSparseAttentionMetadataBuilder().build(
+        metadata = VideoSparseAttentionMetadataBuilder().build(
             current_timestep=0, raw_latent_shape=grid.thw, patch_size=(1, 1, 1), VSA_sparsity=self.sparsity,
             device=device, tile_size=self._tile(grid), prefix=grid.prefix,
-            suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False))
+            suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False)
+        return Plan(metadata, LocalLayers(AttentionBackendEnum.VIDEO_SPARSE_ATTN, far_field=self.far_field),
+                    MassLists(self.mass, self.sparsity) if self.mass else None)
 
     def _tile(self, grid: TokenGrid) -> Thw:
         if self.tile_size is None and self.gates is not None:
@@ -81,12 +90,16 @@ class VideoSparseMethod:
         others = md.padded_seq_length - md.num_video_slots
         computed = md.num_video_slots * (md.topk * md.slots_per_tile + others) + others * md.padded_seq_length
         return {"tile": list(md.tile_size), "tiles": math.prod(md.num_tiles), "kept": md.topk,
-                "sparsity": self.sparsity, "work": computed / md.total_seq_length ** 2}
+                "sparsity": self.sparsity, "far_field": self.far_field, "work": computed / md.total_seq_length ** 2}
 
     def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         layer, record = plan.layers.of(q, call.kernel), call.record
         layer.attn_impl.on_selection = (lambda tiles, md: _observe(tiles, md, record)) if call.sampled else None
+        layer.attn_impl.on_lists = call.reads
+        layer.attn_impl.kept = plan.mass and plan.mass.of(q, k, plan.metadata, call)
         gate = gate_of(call.options, q, call.heads, call.of_heads)
+        if gate is not None and call.watch is not None:
+            call.watch.adds = True
         with set_forward_context(plan.metadata):
             out = layer(q, k, v, gate_compress=gate)
         if gate is not None:
@@ -95,7 +108,9 @@ class VideoSparseMethod:
 
     def remarks(self, run: Run) -> list[str]:
         """What a user of trained gates should know of a finished run."""
-        return [] if self.gates is None else advice_after(self.gates.trained, self.sparsity, run)
+        gates = self.gates and self.gates.trained
+        return [*mass_remarks(run, self.sparsity, gates and gates.name),
+                *(advice_after(gates, self.sparsity, run) if gates else [])]
 
 
 def _observe(tiles: Tensor, plan: VideoSparseAttentionMetadata, record: GridRecord) -> None:
@@ -141,6 +156,8 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                             "checkpoints were trained with. 128 and 256 tokens choose more coarsely. Any tile of 64, "
                             "128, 192, ... tokens is accepted."),
                 *settings_inputs(),
+                far_field_input(),
+                mass_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -151,14 +168,20 @@ class VideoSparseAttentionPatch(io.ComfyNode):
         return why_invalid(lambda text: read_method(0.0, text), tile_size)
 
     @classmethod
-    def execute(cls, model, sparsity, tile_size=AUTO_TILE, **settings) -> io.NodeOutput:
-        node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
-        method, settings = replace(read_method(sparsity, tile_size), gates=gates_of(model)), read_settings(**settings)
+    def execute(cls, model, sparsity, tile_size=AUTO_TILE, far_field=OFF, attention_mass=0.0,
+                **settings) -> io.NodeOutput:
+        node_id, gates = getattr(getattr(cls, "hidden", None), "unique_id", None), gates_of(model)
+        require_mass(attention_mass)
+        method, settings = read_method(sparsity, tile_size), read_settings(**settings)
+        method = replace(method, gates=gates, far_field=uses_far_field(far_field, gates is not None),
+                         mass=attention_mass)
         patched = SparseAttentionHook.install(model, method, settings, node_id)
         if method.gates is not None:
-            if advice := advice_before(method.gates.trained, sparsity, settings):
+            advice = advice_before(method.gates.trained, sparsity, settings)
+            if advice := [*advice, *filter(None, [warning(far_field, True)])]:
                 log.warning("[VSA] %s", "; ".join(advice))
                 show_under_node("\n".join(advice), node_id)
+        warn_of_other_training(patched, node_id)
         return io.NodeOutput(patched)
 
 

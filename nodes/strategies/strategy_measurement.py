@@ -50,6 +50,7 @@ class Search:
     dense_serves = False
     timed = False
     has_strict = False
+    far_cure = None
     table: ErrorTable | None = None
     done: set = field(default_factory=set)
     """(step, layer) pairs that an earlier, interrupted search has measured."""

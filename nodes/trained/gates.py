@@ -1,32 +1,21 @@
 """VSA gates on a loaded model: where they live, and how they reach the attention calls.
 
-The gates are a module with a ModelPatcher of its own, which ComfyUI loads, offloads and clones with the model. Nothing
-is added to the model itself: while one forward pass runs, a pre-hook on every block's self-attention puts the gate and
-the attention's own input into that call's transformer_options, and VSA applies the one to the other. The pre-hooks are
-set for each forward pass rather than for as long as a model is loaded (ComfyUI's PatcherInjection), because there a
-clone of a loaded model takes the pre-hooks of the loaded one along when it is dropped, in the middle of a sampling too.
+They are fed as `fed_layers` says: a block's self-attention gets its gate layer and the input to apply it to.
 """
 from __future__ import annotations
 
-import logging
-from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_patcher
 import comfy.ops
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...checkpoints.gate_names import check_gates
 from ...checkpoints.trained import Trained
 from ..families import family_of
-from ..hook.hook import SparseAttentionHook
 from ..hook.method import StaysDense
-from ..hook.status import show_under_node
-from .saving import save_gates
-
-log = logging.getLogger(__name__)
+from .fed_layers import FedLayers, patcher_of
 
 KEY = "video_sparse_attention.gates"
 """Of a model's GateSet in its transformer_options, of its wrappers, and of the gates' ModelPatcher."""
@@ -88,46 +77,19 @@ class GateFeed:
         return args, {**kwargs, "transformer_options": {**options, FED: FedGate(self.layer, x)}}
 
 
-class GateSet:
+class GateSet(FedLayers):
     """The gates of one model, as its clones share them."""
 
-    def __init__(self, trained: Trained, attention: str, node_id: str | None = None):
-        self.trained, self.attention, self.node_id = trained, attention, node_id
+    key, what, held_as = KEY, "VSA gates", "gates"
 
-    def __deepcopy__(self, memo):
-        return self
+    @property
+    def saved_as(self) -> str:
+        return f"blocks.{{layer}}.{SAVED_IN[self.attention]}to_gate_compress.{{part}}"
 
-    def apply_model(self, executor, *args, **kwargs):
-        """APPLY_MODEL wrapper: the attention calls of this forward pass get their gates."""
-        with self._feeding(executor.class_obj):
-            return executor(*args, **kwargs)
-
-    @contextmanager
-    def _feeding(self, base):
-        patcher = base.current_patcher
-        found = [] if patcher is None else patcher.get_additional_models_with_key(KEY)
-        if not found:
-            raise RuntimeError("this model's VSA gates are not loaded: sample it through ComfyUI's samplers")
-        handles = []
-        try:
-            for block, feed in zip(base.diffusion_model.blocks, found[0].model.feeds, strict=True):
-                attention = getattr(block, self.attention)
-                handles.append(attention.register_forward_pre_hook(feed, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def outer_sample(self, executor, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: warns when nothing will use the gates."""
-        model = getattr(executor.class_obj, "model_patcher", None)
-        if model is not None and not any(getattr(hook.method, "gates", None) is self
-                                         for hook in SparseAttentionHook.of(model)):
-            text = (f"{self.trained.name} was trained with VSA and is about to run dense and without its gates: expect "
-                    "noise or blur. Put Video Sparse Attention (VSA) between the loader and the sampler")
-            log.warning("[VSA] %s", text)
-            show_under_node(text, self.node_id)
-        return executor(*args, **kwargs)
+    @property
+    def unused_text(self) -> str:
+        return (f"{self.trained.name} was trained with VSA and is about to run dense and without its gates: expect "
+                "noise or blur. Put Video Sparse Attention (VSA) between the loader and the sampler")
 
 
 def make_patcher(tensors: dict[int, dict[str, Tensor]], dtype: torch.dtype, load_device, offload_device,
@@ -135,12 +97,7 @@ def make_patcher(tensors: dict[int, dict[str, Tensor]], dtype: torch.dtype, load
     """A ModelPatcher of the gates. tensors: layer -> "weight" [heads * head_dim, width], perhaps "bias"."""
     module = GateLayers([tuple(parts["weight"].shape) for parts in tensors.values()],
                         ["bias" in parts for parts in tensors.values()], dtype, offload_device)
-    plain = comfy.model_patcher.ModelPatcher
-    cls = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-    patcher = cls(module, load_device=load_device, offload_device=offload_device)
-    state = {f"layers.{layer}.{part}": tensor for layer, parts in tensors.items() for part, tensor in parts.items()}
-    module.load_state_dict(state, assign=hasattr(patcher, "is_dynamic") and patcher.is_dynamic())
-    return patcher
+    return patcher_of(module, tensors, load_device, offload_device, disable_dynamic)
 
 
 def require_fit(model, shapes: dict[int, tuple[int, ...]], where: str) -> str:
@@ -161,26 +118,12 @@ def require_fit(model, shapes: dict[int, tuple[int, ...]], where: str) -> str:
 
 def attach(model, patcher, trained: Trained, attention: str, node_id: str | None = None):
     """A clone of `model` with the gates of `patcher`; gates that it had are replaced, VSA nodes before it take them."""
-    clone = model.clone()
-    gates = GateSet(trained, attention, node_id)
-    clone.model_options.setdefault("transformer_options", {})[KEY] = gates
-    clone.set_additional_models(KEY, [patcher])
-    for kind, wrapper in ((WrappersMP.APPLY_MODEL, gates.apply_model), (WrappersMP.OUTER_SAMPLE, gates.outer_sample)):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    save_gates(clone, _told_of, SAVED_IN[attention])
-    return clone
-
-
-def _told_of(model) -> tuple[Any, str] | None:
-    """(the gates' ModelPatcher, their training as JSON) of a ModelPatcher, as `saving` wants it."""
-    gates, patchers = gates_of(model), model.get_additional_models_with_key(KEY)
-    return (patchers[0], gates.trained.to_json()) if gates is not None and patchers else None
+    return GateSet(trained, attention, node_id).attach_to(model, patcher)
 
 
 def gates_of(model) -> GateSet | None:
     """The gates that a ModelPatcher carries."""
-    return model.model_options.get("transformer_options", {}).get(KEY)
+    return GateSet.of(model)
 
 
 def gate_of(options: dict[str, Any], query: Tensor, part: range | None, heads: int) -> Tensor | None:

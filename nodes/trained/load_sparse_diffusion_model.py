@@ -26,10 +26,11 @@ class SparseDiffusionModelLoader(io.ComfyNode):
             display_name="Load Sparse Diffusion Model",
             category="model/loaders",
             description=(
-                "Loads a video model together with the VSA gates it was trained with, such as FastWan: a ComfyUI file, "
-                "or a diffusers folder as it is downloaded, whole or in shards. Says what the model is and how it "
-                "wants to be sampled. Loads models without gates too."),
-            search_aliases=["FastWan", "FastVideo", "VSA loader", "diffusers Wan", "UNETLoader"],
+                "Loads a video model together with what it was trained with: the VSA gates of FastWan, the SLA "
+                "projections of TurboWan. Takes a ComfyUI file, or a diffusers folder as it is downloaded, whole or "
+                "in shards. Says what the model is and how it wants to be sampled. Loads all other models too."),
+            search_aliases=["FastWan", "FastVideo", "TurboWan", "SLA loader", "VSA loader", "diffusers Wan",
+                            "UNETLoader"],
             inputs=[
                 io.Combo.Input(
                     "model_name", options=model_names(),

@@ -1,7 +1,7 @@
-"""Gates in a model that ComfyUI saves: they are written beside the weights, where the loader finds them again.
+"""Gates or projections in a model that ComfyUI saves: they are written beside the weights, where the loader finds them.
 
 ComfyUI's Save nodes ask a ModelPatcher for its state dict, which knows nothing of additional models. So every clone of
-a model with gates answers for both.
+a model with such layers answers for both.
 """
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ KEY = "video_sparse_attention.saving"
 """Of the callback that a model's clones inherit."""
 
 
-def save_gates(model, find: Callable, attention: str) -> None:
-    """From now on `model` (a ModelPatcher of ours) and its clones are saved with their gates.
+def save_layers(model, find: Callable) -> None:
+    """From now on `model` (a ModelPatcher of ours) and its clones are saved with their extra layers.
 
-    find(ModelPatcher) -> (ModelPatcher of the gates, how they were trained as JSON), or None where it has none.
-    attention: the part between block and gate in the names, such as "attn.", or nothing.
+    find(ModelPatcher) -> (ModelPatcher of the layers, how they were trained as JSON, the name of a tensor in the file
+    with {layer} and {part}), or None where it has none.
     """
     def answer_for(patcher) -> None:
         # Weakly: a patcher that holds itself would keep its weights in memory until Python looks for circles.
-        patcher.state_dict_for_saving = _Saving(weakref.ref(patcher), find, attention)
+        patcher.state_dict_for_saving = _Saving(weakref.ref(patcher), find)
 
     answer_for(model)
     model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
@@ -41,8 +41,8 @@ def save_gates(model, find: Callable, attention: str) -> None:
 class _Saving:
     """In place of one ModelPatcher's state_dict_for_saving."""
 
-    def __init__(self, patcher, find: Callable, attention: str):
-        self.patcher, self.find, self.attention = patcher, find, attention
+    def __init__(self, patcher, find: Callable):
+        self.patcher, self.find = patcher, find
 
     def __call__(self, *args, **kwargs) -> dict[str, Tensor]:
         patcher = self.patcher()
@@ -50,15 +50,15 @@ class _Saving:
         found = self.find(patcher)
         if found is None:
             return state
-        gates, trained = found
+        layers, trained, saved_as = found
         named = {}
-        for name, tensor in patched_tensors(gates).items():
+        for name, tensor in patched_tensors(layers).items():
             _, layer, part = name.split(".")
-            named[f"blocks.{layer}.{self.attention}to_gate_compress.{part}"] = tensor
+            named[saved_as.format(layer=layer, part=part)] = tensor
         state.update(patcher.model.model_config.process_unet_state_dict_for_saving(named))
         # The Save nodes write metadata of their own, so the training is told as ComfyUI tells quantization: in bytes.
         state[METADATA_KEY] = torch.frombuffer(bytearray(trained.encode()), dtype=torch.uint8)
-        log.info("[VSA] the gates of %d layers are saved with the model", len(gates.model.layers))
+        log.info("%d layers that it was trained with are saved with the model", len(layers.model.layers))
         return state
 
 

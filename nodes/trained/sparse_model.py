@@ -1,4 +1,4 @@
-"""A diffusion model from a file or a diffusers folder, with the VSA gates that it was trained with."""
+"""A diffusion model from a file or a diffusers folder, with the gates or projections that it was trained with."""
 from __future__ import annotations
 
 import logging
@@ -15,13 +15,14 @@ from ...checkpoints.plan import Plan, plan_of
 from ...checkpoints.safetensors_file import CheckpointError
 from ...checkpoints.source import open_checkpoint
 from .gate_files import with_gates
+from .projection_files import are_all_zero, with_projections
 from .weights import read_tensors
 
 log = logging.getLogger(__name__)
 
 
 def load_sparse_model(path: Path, model_options: dict, node_id: str | None = None):
-    """(ModelPatcher with gates where the file has them, description).
+    """(ModelPatcher with gates or projections where the file has them, description).
 
     Headers first; then every byte of the weights is read at most once, into one copy of the model.
     Raises CheckpointError for anything that is no whole model known here.
@@ -30,7 +31,10 @@ def load_sparse_model(path: Path, model_options: dict, node_id: str | None = Non
     model = _load(plan, model_options)
     if plan.gates:
         model = with_gates(model, path, node_id=node_id, trained=plan.trained)
-    return model, describe(plan, type(model.model).__name__)
+    untrained = bool(plan.projections) and are_all_zero(plan)
+    if plan.projections and not untrained:
+        model = with_projections(model, plan, node_id)
+    return model, describe(plan, type(model.model).__name__, untrained)
 
 
 def is_video_model(plan: Plan) -> bool:
@@ -38,7 +42,7 @@ def is_video_model(plan: Plan) -> bool:
     if plan.layers:
         return True
     tensors = plan.checkpoint.tensors
-    state = {target: torch.empty(tensors[name].info.shape, dtype=DTYPES.get(tensors[name].info.dtype), device="meta")
+    state = {target: torch.empty(plan.shape_of(name), dtype=DTYPES.get(tensors[name].info.dtype), device="meta")
              for name, target in plan.names.items()}
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     state = comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True) or state
@@ -57,7 +61,8 @@ def load_without_gates(path: Path, model_options: dict, disable_dynamic: bool = 
 
 def _load(plan: Plan, model_options: dict, disable_dynamic: bool = False):
     tensors, releasing = read_tensors(plan.checkpoint, plan.names)
-    state = {target: tensors.pop(name) for name, target in plan.names.items()}
+    state = {target: tensors.pop(name).view(plan.shape_of(name)) if name in plan.reshaped else tensors.pop(name)
+             for name, target in plan.names.items()}
     only_newer = {"disable_dynamic": True} if disable_dynamic else {}      # ComfyUI before dynamic VRAM lacks it
     with releasing:
         model = comfy.sd.load_diffusion_model_state_dict(

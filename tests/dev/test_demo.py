@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import comfy_server
 import demo
@@ -18,7 +19,7 @@ def test_the_dense_variant_has_neither_node_and_no_dangling_link():
     assert not {demo.PATCH, demo.REPORT} & {value["class_type"] for value in graph.values()}
     links = [link for value in graph.values() for link in value["inputs"].values() if isinstance(link, list)]
     assert links and all(source in graph for source, _ in links)
-    assert graph[demo.node(graph, demo.SAMPLER)]["inputs"]["model"] == [demo.node(graph, "UNETLoader"), 0]
+    assert graph[demo.node(graph, demo.SAMPLER)]["inputs"]["model"] == [demo.node(graph, "ModelSamplingSD3"), 0]
 
 
 def test_a_sparse_variant_differs_from_the_shipped_graph_in_its_sparsity_and_its_kernel_only():
@@ -46,12 +47,15 @@ def test_the_verdict_names_what_is_wrong(results, complaint):
 
 
 def test_the_demo_runs_the_shipped_graph_in_a_real_server(comfyui):
-    done = subprocess.run([sys.executable, demo.__file__, "--comfyui", str(comfyui), "--sparsity", "0.9"],
+    done = subprocess.run([sys.executable, demo.__file__, "--comfyui", str(comfyui), "--sparsity", "0.9",
+                           "--steps", "2"],
                           stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("sparsity 0.9  "))
-    assert "9x15x20" in row and "8 / 0" in row and "What the numbers say: " in done.stdout
+    assert "8x16x16" in row and "4 / 4" in row and " dB" in row and "What the numbers say: " in done.stdout
+    with Image.open(demo.OUT / "demo_clips.webp") as film:
+        assert film.n_frames == 8 and film.width > 2 * 192
     assert (demo.OUT / "demo_tiles.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -12,8 +12,9 @@ from graphs.page import Output, Page
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "workflows").glob("*.json"))
 FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras"}
-WITHOUT_ADDRESS = {"FastWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-1.3B.safetensors", "wan2.1_1.3b_480p_00001_.json"}
-"""A folder, a file that the user makes of it, and one that another graph makes."""
+WITHOUT_ADDRESS = {"FastWan2.1-T2V-1.3B-Diffusers", "TurboWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-1.3B.safetensors",
+                   "wan2.1_1.3b_480p_00001_.json"}
+"""Folders, a file that the user makes of it, and one that another graph makes."""
 CELLS = {"EmptyHunyuanLatentVideo": (4, 16), "WanImageToVideo": (4, 16), "EmptyHunyuanVideo15Latent": (4, 16),
          "HunyuanVideo15ImageToVideo": (4, 16), "EmptyLTXVLatentVideo": (8, 32)}
 """Frames and pixels along a side that are one token."""

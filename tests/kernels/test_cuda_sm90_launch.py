@@ -10,7 +10,7 @@ import pytest
 from fake_driver import FakeCuda, FakeNvrtc, answer, loader, names, operands
 from pack.kernels import KernelUnusable
 from pack.kernels.cuda_sm90 import launch
-from pack.kernels.cuda_sm90.boxes import Boxes, Coarse
+from pack.kernels.cuda_sm90.boxes import Boxes, Coarse, Start
 from pack.kernels.cuda_sm90.driver import NO_MAP
 from pack.kernels.cuda_sm90.loader import constant
 
@@ -56,8 +56,10 @@ def test_a_launch_hands_over_what_the_kernel_declares(tmp_path):
         kinds = [ctypes.c_void_p] * 6 + [ctypes.c_longlong] * 7 + [ctypes.c_int] * 5 + [ctypes.c_float]
         seen["maps"] = pointers[:6]
         seen["boxes"], seen["coarse"] = Boxes.from_address(pointers[6]), Coarse.from_address(pointers[7])
-        seen["values"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers[8:], strict=True)]
+        seen["start"] = Start.from_address(pointers[8])
+        seen["values"] = [kind.from_address(at).value for kind, at in zip(kinds, pointers[9:], strict=True)]
         assert (seen["boxes"].blocks, seen["coarse"].means) == (0, None)
+        assert (seen["start"].lse, seen["start"].tiles, seen["start"].blocks_per_tile) == (None, 0, 1)
         return 0
 
     cuda, tensors = FakeCuda(cuLaunchKernel=launched), operands()
@@ -84,12 +86,13 @@ def launch_parameters():
 
 def test_the_parameters_stand_in_the_order_in_which_they_are_handed_over():
     assert launch_parameters() == [
-        "q_boxes", "k_boxes", "v_boxes", "q_packed", "k_packed", "v_packed", "boxes", "coarse", "out", "lse", "indices",
-        "counts", "block_sizes", "packed_rows", "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb",
-        "stride_ch", "stride_cq", "longest", "lists", "query_blocks", "key_blocks", "tokens", "scale_log2e"]
+        "q_boxes", "k_boxes", "v_boxes", "q_packed", "k_packed", "v_packed", "boxes", "coarse", "start", "out", "lse",
+        "indices", "counts", "block_sizes", "packed_rows", "stride_ib", "stride_ih", "stride_iq", "stride_ik",
+        "stride_cb", "stride_ch", "stride_cq", "longest", "lists", "query_blocks", "key_blocks", "tokens",
+        "scale_log2e"]
 
 
-@pytest.mark.parametrize("structure", [Boxes, Coarse])
+@pytest.mark.parametrize("structure", [Boxes, Coarse, Start])
 def test_the_fields_of_a_structure_stand_in_the_order_in_which_they_are_filled(structure):
     from pack.kernels.cuda_sm90.loader import source
     text = source().split(f"struct {structure.__name__} {{")[1].split("};")[0]

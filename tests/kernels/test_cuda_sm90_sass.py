@@ -10,7 +10,7 @@ import cubin
 import sass
 from compiled_once import VARIANTS
 from pack.kernels.cuda_sm90 import loader
-from pack.kernels.cuda_sm90.boxes import Boxes, Coarse
+from pack.kernels.cuda_sm90.boxes import Boxes, Coarse, Start
 from pack.kernels.cuda_sm90.cache import Cache
 from pack.kernels.cuda_sm90.driver import MAP_ALIGNMENT, MAP_BYTES
 from pack.kernels.cuda_sm90.loader import constant
@@ -68,7 +68,8 @@ def test_the_code_fits_the_hardware(variant):
 
 @every_variant
 def test_the_parameters_have_the_places_and_sizes_that_the_launcher_gives_them(variant):
-    wanted = [(MAP_BYTES, MAP_ALIGNMENT)] * 6 + [(ctypes.sizeof(x), ctypes.alignment(x)) for x in (Boxes, Coarse)]
+    structures = [(ctypes.sizeof(x), ctypes.alignment(x)) for x in (Boxes, Coarse, Start)]
+    wanted = [(MAP_BYTES, MAP_ALIGNMENT)] * 6 + structures
     wanted += [(8, 8)] * 6 + [(8, 8)] * 7 + [(4, 4)] * 5 + [(4, 4)]
     address, places = PARAMETERS, []
     for bytes_, alignment in wanted:

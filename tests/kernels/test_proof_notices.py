@@ -42,6 +42,14 @@ FAULTS = {
         TEXT, "h >= inside[1] || w >= inside[2]", "h >= inside[2] || w >= inside[1]", 4),
     "the gate of another head": (TEXT, "row * coarse.gate_row + head * coarse.gate_head", "row * coarse.gate_row", 4),
     "the mean of another tile": (TEXT, "tile * coarse.mean_tile + lane", "block * coarse.mean_tile + lane", 6),
+    "the start of another tile": (TEXT, "tile * start.lse_tile", "block * start.lse_tile", 11),
+    "the start of the first batch": (TEXT, "start.means + batch * start.mean_batch", "start.means", 10),
+    "the start of the first head": (TEXT, "head * start.lse_head", "0 * head", 10),
+    "a start counts four times": (TEXT, "total[r] = 0.25f;", "total[r] = 1.0f;", 10),
+    "a start is one of binary logarithms": (TEXT, "seen * 1.4426950408889634f / scale", "seen / scale", 10),
+    "nothing seen is read": (TEXT, "if (seen == none()) return;", "", 10),
+    "every batch starts like the first one": (
+        "launch.py", "_start(one(far), one(far_lse), blocks_per_tile)", "_start(far, far_lse, blocks_per_tile)", 11),
     "tokens behind the grid see listed blocks only": (
         TEXT, "bool dense_0 = first >= lists, dense_1 = first + 1 >= lists;",
         "bool dense_0 = first > lists, dense_1 = first + 1 > lists;", 4),

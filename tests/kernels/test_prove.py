@@ -36,7 +36,7 @@ def test_every_end_of_a_process_is_a_verdict_and_the_next_kernel_gets_a_process_
         [(BY_NAME[name], CALL) for name in names], COMMAND, seconds=20)]
     assert [name for name, _ in found] == names
     well, fatal, wrong, stuck, again = (proof for _, proof in found)
-    assert well.passed and again.passed and well.cases == 10
+    assert well.passed and again.passed and well.cases == 12
     assert not fatal.passed and fatal.lasting
     assert fatal.reason == "it ended the process with status 134: an illegal instruction was encountered"
     assert not wrong.passed and "relative L2" in wrong.reason
@@ -77,7 +77,7 @@ def test_the_command_prints_a_table_and_leaves_what_auto_then_takes(proofs, monk
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["fatal", "CPU", "float32,", "head_dim"] and " FAILED (" in lines[0]
     assert lines[1] == "    it ended the process with status 134: an illegal instruction was encountered"
-    assert "right, 10 problems, worst error" in lines[2] and lines[3].startswith("kept in ")
+    assert "right, 12 problems, worst error" in lines[2] and lines[3].startswith("kept in ")
     assert kernels.choose_kernel(CALL).name == "well"
 
 

@@ -27,7 +27,9 @@ def table(tmp_path_factory):
 def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_two_that_matter_most(table):
     seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
             if row["kernel"] == "block_sparse_forward"}
-    variants, most = ("", "lse", "gather", "gather lse", "gather combine", "gather combine lse"), "gather combine lse"
+    variants = ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
+                "gather combine far lse")
+    most = variants[-1]
     assert seen == {*((arch, dim, "bf16", most) for arch in SHARED_KB for dim in (64, 128)),
                     *((arch, dim, "bf16", variant) for arch in ("sm_89", "sm_90") for dim in (64, 128)
                       for variant in variants), ("sm_89", 128, "fp16", most), ("sm_90", 128, "fp16", most)}
@@ -40,9 +42,9 @@ def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_tw
 def test_the_command_itself_leaves_no_variant_out():
     import aot
     rows = {entry[1:] for card in aot.CARDS for entry in aot.entries(card)}
-    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 140
+    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 160
     assert {variant for kernel, _, dtype, variant in rows if dtype == "fp16"} == {
-        "", "lse", "gather lse", "gather combine lse"}
+        "", "lse", "gather lse", "gather combine far lse"}
 
 
 def test_nothing_spills(table):
@@ -73,7 +75,7 @@ def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path
     rows = json.loads(report.read_text())
     assert [(row["warps"], row["stages"]) for row in rows] == [config[:2] for config in CANDIDATES]
     assert {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in rows} == {
-        ("sm_86", 128, "bf16", "gather combine lse")}
+        ("sm_86", 128, "bf16", "gather combine far lse")}
     for row in rows:
         fits, entry = row["shared KB"] <= SHARED_KB["sm_86"], config_for((8, 6), row["D"], BF16)
         assert ("does not fit" in row["note"]) != fits and (row["CTAs"] > 0) == fits and row["HMMA"] > 0
@@ -81,8 +83,8 @@ def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path
         assert ("in the table" in row["note"]) == ((row["warps"], row["stages"]) == entry[:2])
 
 
-LENGTHS = {"lists", "tokens", "tiles", "blocks_per_tile", "queries", "keys", "kept", "always"}
-CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "INTERPRET"},
+LENGTHS = {"lists", "tokens", "tiles", "far_tiles", "blocks_per_tile", "queries", "keys", "kept", "always"}
+CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "START", "INTERPRET"},
              "tile_means_forward": {"D", "BLOCK", "PARTS"}, "score_tiles": {"D", "TILE", "DEPTH"},
              "select_rows": {"ROW"}}
 
@@ -100,7 +102,7 @@ def test_nothing_that_follows_the_sequence_length_is_compiled_in():
     for kernel, parameters in ast.literal_eval(done.stdout).items():
         assert {name for name, (constant, _) in parameters.items() if constant} == CONSTANTS[kernel]
         for name in parameters:
-            if name.startswith(("stride_i", "stride_c", "stride_m")) or name in LENGTHS:
+            if name.startswith(("stride_i", "stride_c", "stride_m", "stride_f", "stride_l")) or name in LENGTHS:
                 assert parameters[name][1], f"{name} is specialised: another length would compile again"
 
 
@@ -159,7 +161,8 @@ for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 
     lists = select_tiles.run(means[0], means[1], k, 0.1, per_tile, others)
     counts = lists[..., 0].contiguous()
     for coarse in (means[2], means[2].transpose(1, 2).contiguous().transpose(1, 2)):
-        block_sparse.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile)
+        block_sparse.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile, None, coarse,
+                         coarse[..., 0])
 print(*(len(set(map(id, one))) for one in built))
 """) == ["1", "1", "1", "1"]
 

@@ -63,10 +63,34 @@ def sta(comfyui):
     return patch
 
 
+@pytest.fixture
+def sla(comfyui):
+    """sla(model, ratio, ...) -> the clone that the node returns; tiny clips run sparse, however slow that is."""
+    from pack.nodes.methods.sparse_linear_attention import SparseLinearAttentionPatch
+
+    def patch(model, ratio=0.3, **widgets):
+        widgets = {"min_tokens": 0, "start_percent": 0.0, "backend": "reference", **widgets}
+        return SparseLinearAttentionPatch.execute(model, ratio, **widgets)[0]
+    return patch
+
+
+@pytest.fixture
+def vmoba(comfyui):
+    """vmoba(model, ...) -> the clone that the node returns; tiny clips run sparse, however slow that is."""
+    from pack.nodes.methods.video_mixture_of_block_attention import VideoMixtureOfBlockAttentionPatch
+
+    def patch(model, **widgets):
+        widgets = {"min_tokens": 0, "start_percent": 0.0, "backend": "reference", **widgets}
+        return VideoMixtureOfBlockAttentionPatch.execute(model, **widgets)[0]
+    return patch
+
+
 # The fixture that patches a model with the method: settings that keep every pair, settings that drop most.
 METHODS = {
     "vsa": ({"sparsity": 0.0}, {"sparsity": 0.9}),
     "sta": ({"window": "1.0x1.0x1.0"}, {"window": "1x1x1"}),
+    "sla": ({"ratio": 1.0}, {"ratio": 0.1}),
+    "vmoba": ({"threshold": 1.0}, {"threshold": 0.0, "temporal_chunk": 1}),
 }
 
 
@@ -108,6 +132,20 @@ def gate_file(tiny):
 @pytest.fixture(scope="session")
 def state(gate_file):
     return safetensors.torch.load_file(gate_file)
+
+
+@pytest.fixture(scope="session")
+def sla_state(state):
+    """The weights of tiny_wan_t2v and random SLA projections, under TurboDiffusion's names."""
+    from make_sla_checkpoints import with_projections
+    return with_projections(state)
+
+
+@pytest.fixture
+def write_sla(sla_state, tmp_path):
+    """write_sla(kind) -> the path to load."""
+    from make_sla_checkpoints import write_sla
+    return lambda kind, changed=None: write_sla(kind, changed or sla_state, tmp_path)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_a_kernel_that_is_right_and_fast_is_taken_and_both_is_said(wan, auto, fa
     run = run_of(patched)
     assert run.sparse_calls == 8 and {record.kernel for record in run.records.values()} == {"fake0"}
     line = next(line for line in status_text(run).splitlines() if line.startswith("- auto: fake0, "))
-    assert "proven (10 problems, worst error " in line and "on this CPU" in line
+    assert "proven (12 problems, worst error " in line and "on this CPU" in line
     assert "x dense per call (" in line and "SageAttention " in line
     assert run.probes == 4, "no step was dense, so a few calls ran both"
 

@@ -113,7 +113,7 @@ def test_what_the_node_shows_fits_and_numbers_carry_their_unit(wan, vsa, run_of,
     patched = vsa(wan, 0.5, start_percent=0.3)
     draw(patched, steps=6)
     shown, report = texts_of(run_of(patched))
-    assert len(shown.splitlines()) <= 4 and len(shown.splitlines()[0]) <= 160
+    assert len(shown.splitlines()) <= 5 and len(shown.splitlines()[0]) <= 160
     assert "inside attention" not in report, "sums over different numbers of calls say nothing"
     assert not re.search(r"pack\.|kernels\.|\b[0-9a-f]{12}\b|Error", report)
 

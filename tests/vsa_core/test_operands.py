@@ -18,6 +18,11 @@ ASKED = {
                           "device": torch.device("cpu"), "suffix": 7},
     "SLIDING_TILE_ATTN": {"STA_param": (1, 1, 1), "current_timestep": 0, "raw_latent_shape": THW,
                           "tile_size": (2, 4, 4), "suffix": 7},
+    **dict.fromkeys(("SLA_ATTN", "SAGE_SLA_ATTN"), {"current_timestep": 0, "topk_ratio": 0.6}),
+    **dict.fromkeys(("VMOBA_ATTN", "POOLED_CHUNK_ATTN"), {
+        "current_timestep": 0, "raw_latent_shape": THW, "patch_size": (1, 1, 1), "temporal_chunk_size": 1,
+        "temporal_topk": 2, "spatial_chunk_size": (2, 4), "spatial_topk": 3, "st_chunk_size": (2, 3, 4), "st_topk": 4,
+        "suffix": 7}),
 }
 STRIDES = {
     "channels before tokens": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
@@ -41,7 +46,7 @@ def inputs(count):
 
 def layer(backend):
     return LocalAttention(2, 16, supported_attention_backends=(AttentionBackendEnum[backend.get_name()],),
-                          backend="reference")
+                          backend="reference", prefix="blocks.2.attn1.impl")
 
 
 @named(METHODS)
@@ -65,7 +70,7 @@ def test_one_such_tensor_among_others_is_enough(backend, place):
 
 @named(BACKENDS)
 def test_tiled_tensors_may_have_such_strides_too(backend):
-    md, impl = metadata(backend), backend.get_impl_cls()(2, 16, backend="reference")
+    md, impl = metadata(backend), backend.get_impl_cls()(2, 16, backend="reference", prefix="blocks.2.attn1.impl")
     tiled = impl.preprocess_qkv(torch.cat(inputs(3)), md).clone().chunk(3)
     odd = [STRIDES["channels before tokens"](x) for x in tiled]
     gate = (None,) if backend.get_name() == "VIDEO_SPARSE_ATTN" else ()

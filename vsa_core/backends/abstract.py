@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
+from ..layout import TileLayout
 from ..lowering import readable
 
 UPSTREAM_NAMES = ("current_timestep", "raw_latent_shape", "patch_size", "STA_param", "VSA_sparsity", "topk_ratio",
@@ -85,6 +87,10 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
 
 class AttentionImpl(ABC, Generic[T]):
     """The method itself: preprocess_qkv, forward, postprocess_output, in this order."""
+
+    on_lists: Callable[[slice, Tensor, Tensor, TileLayout], None] | None = None
+    """Called with the heads, indices and counts of every launch of a kernel, as `lowering.attend_lists` takes them, and
+    the layout that they are of."""
 
     @abstractmethod
     def __init__(self, num_heads: int, head_size: int, softmax_scale: float, causal: bool = False,

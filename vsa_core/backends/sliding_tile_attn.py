@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import tile_means
+from ..far_field import far_field
 from ..grid import Thw, TokenGrid
 from ..layout import TileLayout, to_sequence, to_slots
 from ..lowering import attend_lists, attend_lists_in_sequence
-from ..window import Share, check_share, check_window, window_density, window_of_share
+from ..selection import block_means
+from ..window import Share, check_share, check_window, is_full, window_density, window_of_share
 from ..window_lists import WindowLists
 from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 
@@ -143,10 +146,12 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
 
     def __init__(
         self, num_heads: int, head_size: int, causal: bool = False, softmax_scale: float | None = None,
-        num_kv_heads: int | None = None, prefix: str = "", backend: str = "auto", **extra_impl_args,
+        num_kv_heads: int | None = None, prefix: str = "", backend: str = "auto", far_field: bool = False,
+        **extra_impl_args,
     ) -> None:
         """backend: the kernel, as in `kernels.block_sparse_attention`.
 
+        far_field: tiles outside of a window count as one key each (`far_field.py`).
         The last number in prefix, such as 7 in blocks.7.attn1.impl, is the layer; without one the metadata says it.
         Raises ValueError for causal attention and for fewer key heads than query heads: STA has neither.
         """
@@ -156,6 +161,7 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
             raise ValueError(f"found {num_kv_heads} key heads for {num_heads} query heads: wanted as many")
         self.num_heads, self.head_size, self.prefix, self.backend = num_heads, head_size, prefix, backend
         self.softmax_scale = head_size ** -0.5 if softmax_scale is None else softmax_scale
+        self.far_field = far_field
         numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
         self.layer = numbers[-1] if numbers else None
 
@@ -196,7 +202,11 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
             wanted = "the output of preprocess_qkv" if layout is None else f"{layout.padded_seq_length}"
             raise ValueError(f"forward: found {q.shape[1]} slots, wanted {wanted} "
                              "(the output of preprocess_qkv with this metadata)")
-        return self._launch(attend_lists, q, k, v, md)
+        def means():
+            return tuple(block_means(x[:, :layout.num_video_slots], layout.variable_block_sizes, layout.slots_per_tile)
+                         for x in (q, k, v))
+
+        return self._launch(attend_lists, q, k, v, md, means)
 
     def attend_readable(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: SlidingTileAttentionMetadata,
                         gate_compress: Tensor | None = None) -> Tensor:
@@ -206,15 +216,31 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
         """
         if gate_compress is not None:
             raise ValueError("sliding tile attention has no coarse branch: found gate_compress, wanted None")
-        self._layout(query, attn_metadata)
-        return self._launch(attend_lists_in_sequence, query, key, value, attn_metadata)
+        layout = self._layout(query, attn_metadata)
 
-    def _launch(self, run, q: Tensor, k: Tensor, v: Tensor, md: SlidingTileAttentionMetadata) -> Tensor:
-        parts = [
-            run(q[:, :, part.heads], k[:, :, part.heads], v[:, :, part.heads], *md.lists.lists(part, q.shape[0]),
-                md.layout, self.softmax_scale, self.backend)
-            for part in md.lists.launches(md.windows(q.shape[2], self.layer))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        def means():
+            return tile_means((query, key, value), layout.token_rows, layout.variable_block_sizes.shape[0],
+                              layout.blocks_per_tile, self.backend)
+
+        return self._launch(attend_lists_in_sequence, query, key, value, attn_metadata, means)
+
+    def _launch(self, run, q: Tensor, k: Tensor, v: Tensor, md: SlidingTileAttentionMetadata, means) -> Tensor:
+        """means: makes those of q, k and v, called where a far field needs them."""
+        launches = md.lists.launches(md.windows(q.shape[2], self.layer))
+        tiles, outputs = md.layout.num_tiles, []
+        far = [self.far_field and not all(is_full(window, tiles) for window in part.windows) for part in launches]
+        found = means() if any(far) else ()
+        for part, has_far in zip(launches, far, strict=True):
+            lists, start = md.lists.lists(part, q.shape[0]), {}
+            if self.on_lists is not None:
+                self.on_lists(part.heads, *lists, md.layout)
+            if has_far:
+                start = dict(zip(("far", "far_lse"), far_field(
+                    tuple(x[:, part.heads] for x in found), *lists, md.layout.variable_block_sizes,
+                    self.softmax_scale, md.layout.blocks_per_tile), strict=True))
+            outputs.append(run(q[:, :, part.heads], k[:, :, part.heads], v[:, :, part.heads], *lists, md.layout,
+                               self.softmax_scale, self.backend, **start))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     @staticmethod
     def _layout(x: Tensor, md: SlidingTileAttentionMetadata | None) -> TileLayout:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import select_tiles, tile_means
+from ..far_field import far_field
 from ..grid import Thw, TokenGrid
 from ..layout import (
     TileLayout,
@@ -26,6 +27,7 @@ from ..layout import (
     to_slots,
 )
 from ..lowering import attend_lists, attend_lists_in_sequence, dense_lists
+from ..mass_lists import KeptTiles
 from ..selection import block_means, tile_lists_to_blocks
 from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 
@@ -95,11 +97,13 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     def __init__(
         self, num_heads: int, head_size: int, causal: bool = False, softmax_scale: float | None = None,
         num_kv_heads: int | None = None, prefix: str = "", backend: str = "auto",
-        on_selection: Callable[[Tensor, VideoSparseAttentionMetadata], None] | None = None, **extra_impl_args,
+        on_selection: Callable[[Tensor, VideoSparseAttentionMetadata], None] | None = None, far_field: bool = False,
+        **extra_impl_args,
     ) -> None:
         """backend: the kernel, as in `kernels.block_sparse_attention`.
 
         on_selection is called with the kept tiles, int32 [B, H, N, k], of every forward pass.
+        far_field: tiles that are not kept count as one key each (`far_field.py`); for weights not trained sparse.
         Raises ValueError for causal attention and for fewer key heads than query heads: VSA has neither.
         """
         if causal:
@@ -108,7 +112,9 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             raise ValueError(f"found {num_kv_heads} key heads for {num_heads} query heads: wanted as many")
         self.num_heads, self.head_size, self.prefix = num_heads, head_size, prefix
         self.softmax_scale = head_size ** -0.5 if softmax_scale is None else softmax_scale
-        self.backend, self.on_selection = backend, on_selection
+        self.backend, self.on_selection, self.far_field = backend, on_selection, far_field
+        self.kept: KeptTiles | None = None
+        """Read these in place of the k tiles that score highest; `on_selection` is not called then."""
 
     def tile(self, x: Tensor, attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """Tokens in slot order, padding slots zero.   x: [B, total_seq_length, H, D] -> [B, S, H, D]
@@ -136,12 +142,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
 
     def select(self, query: Tensor, key: Tensor, attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """Tiles that every query tile keeps, ascending.   tiled q, k [B, S, H, D] -> int32 [B, H, N, k]"""
-        md = attn_metadata
-        tiles = md.variable_block_sizes.shape[0]
-        if md.topk == tiles:
-            return self._every_tile(query, tiles)
-        return select_tiles(self._means(query, md), self._means(key, md), md.topk, self.softmax_scale,
-                            backend=self.backend)
+        return self._select(query, self._means((query, key), attn_metadata), attn_metadata)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, gate_compress: Tensor | None,
@@ -152,7 +153,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         query, key, value, gate_compress: [B, S, H, D], padding slots zero -> [B, S, H, D].
         fine: softmax over the valid tokens of the kept tiles and all tokens that are not video, whose own
         queries attend to everything. coarse: softmax over the tile means, one row per query tile. A gate of
-        None counts as 0, so that sparsity 0 is dense attention.
+        None counts as 0, so that sparsity 0 is dense attention. With far_field, fine has one key of each other tile.
         Raises ValueError for operands that do not fit the metadata, NoKernel when no kernel can run them.
         """
         md = attn_metadata
@@ -161,12 +162,12 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                              "(the output of preprocess_qkv with this metadata)")
         if gate_compress is not None and gate_compress.shape != query.shape:
             raise ValueError(f"forward: found gate_compress {list(gate_compress.shape)}, wanted {list(query.shape)}")
-        tiles = self.select(query, key, md)
-        if self.on_selection is not None:
-            self.on_selection(tiles, md)
-        output = self._fine(query, key, value, tiles, md)
+        means = self._means((query, key, value), md, gate_compress is not None)
+        lists = self._told(query, self._slot_lists(query, means, md), md)
+        output = attend_lists(query, key, value, *lists, md, self.softmax_scale, self.backend,
+                              *self._far(means, lists, md))
         if gate_compress is not None:
-            self._add_coarse(output, query, key, value, gate_compress, md)
+            self._add_coarse(output, means, gate_compress, md)
         return output
 
     def attend_readable(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: VideoSparseAttentionMetadata,
@@ -184,16 +185,27 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         gate = parts[3:]
         tiles, topk = md.variable_block_sizes.shape[0], md.topk
         means = ()
-        if gate or topk < tiles:
-            means = tile_means((query, key, value)[:3 if gate else 2], md.token_rows, tiles, md.blocks_per_tile,
-                               self.backend)
-        lists = self._lists(query, means, tiles, topk, md)
+        if gate or not self._reads_all(md) and (self.far_field or self.kept is None):
+            means = tile_means((query, key, value)[:3 if gate or self.far_field else 2], md.token_rows, tiles,
+                               md.blocks_per_tile, self.backend)
+        lists = self._told(query, self._lists(query, means, tiles, topk, md), md)
         coarse = torch.nn.functional.scaled_dot_product_attention(*means, scale=self.softmax_scale) if gate else None
         return attend_lists_in_sequence(query, key, value, *lists, md, self.softmax_scale, self.backend,
-                                        gate[0] if gate else None, coarse)
+                                        gate[0] if gate else None, coarse, *self._far(means, lists, md))
+
+    def _reads_all(self, md) -> bool:
+        return self.kept is None and md.topk == md.variable_block_sizes.shape[0]
+
+    def _far(self, means, lists, md) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of what the lists leave out, as `kernels.block_sparse_attention` wants it."""
+        if not self.far_field or self._reads_all(md):
+            return None, None
+        return far_field(means, *lists, md.variable_block_sizes, self.softmax_scale, md.blocks_per_tile)
 
     def _lists(self, query, means, tiles, topk, md) -> tuple[Tensor, Tensor]:
         """indices and counts of the video's query blocks, as a kernel wants them, from the means of q and k."""
+        if self.kept is not None:
+            return self.kept.lists(md)
         batch, _, heads, _ = query.shape
         per_tile = md.blocks_per_tile
         if topk == tiles:
@@ -206,20 +218,39 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         counts = torch.full((1, 1, 1), indices.shape[3], dtype=torch.int32, device=indices.device)
         return indices, counts.expand(indices.shape[:3])
 
+    def _slot_lists(self, query, means, md) -> tuple[Tensor, Tensor]:
+        """`_lists` for tensors in slots."""
+        if self.kept is not None:
+            return self.kept.lists(md)
+        tiles = self._select(query, means, md)
+        if self.on_selection is not None:
+            self.on_selection(tiles, md)
+        return tile_lists_to_blocks(tiles, md.blocks_per_tile, tiles.shape[2], md.num_other_blocks)
+
+    def _told(self, query, lists: tuple[Tensor, Tensor], md) -> tuple[Tensor, Tensor]:
+        if self.on_lists is not None:
+            self.on_lists(slice(0, query.shape[2]), *lists, md)
+        return lists
+
     @staticmethod
     def _every_tile(query, tiles) -> Tensor:
         every = torch.arange(tiles, dtype=torch.int32, device=query.device)
         return every.expand(query.shape[0], query.shape[2], tiles, tiles)
 
-    def _means(self, x: Tensor, md: VideoSparseAttentionMetadata) -> Tensor:
-        return block_means(x[:, :md.num_video_slots], md.variable_block_sizes, md.slots_per_tile)
+    def _select(self, query, means, md) -> Tensor:
+        tiles = md.variable_block_sizes.shape[0]
+        if md.topk == tiles:
+            return self._every_tile(query, tiles)
+        return select_tiles(*means[:2], md.topk, self.softmax_scale, backend=self.backend)
 
-    def _fine(self, query, key, value, tiles, md) -> Tensor:
-        lists = tile_lists_to_blocks(tiles, md.blocks_per_tile, tiles.shape[2], md.num_other_blocks)
-        return attend_lists(query, key, value, *lists, md, self.softmax_scale, self.backend)
+    def _means(self, parts, md, coarse: bool = False) -> tuple[Tensor, ...]:
+        """The tile means that `forward` needs, of q and k or of all three, from tensors in slots."""
+        if self._reads_all(md) and not coarse:
+            return ()
+        return tuple(block_means(x[:, :md.num_video_slots], md.variable_block_sizes, md.slots_per_tile)
+                     for x in parts[:3 if coarse or self.far_field else 2])
 
-    def _add_coarse(self, output, query, key, value, gate, md) -> None:
-        means = (self._means(x, md) for x in (query, key, value))
+    def _add_coarse(self, output, means, gate, md) -> None:
         coarse = torch.nn.functional.scaled_dot_product_attention(*means, scale=self.softmax_scale)
         per_tile = (-1, md.slots_per_tile)
         rows = output[:, :md.num_video_slots].unflatten(1, per_tile)      # [B, N, slots, H, D]

@@ -1,0 +1,49 @@
+"""Clips of the tiny models, sampled by ComfyUI itself: with its own attention, or through the pack's nodes."""
+from __future__ import annotations
+
+import torch
+
+from . import model_file, scenes
+
+
+def load(name):
+    """A tiny model as ComfyUI's loaders give it, with its shift."""
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+    path = model_file.FILES[name]
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run `make train-tiny`")
+    model = comfy.sd.load_diffusion_model(str(path))
+    return ModelSamplingSD3().patch(model, model_file.sampling_of(path)["shift"])[0]
+
+
+def sample(model, seed, name="dense", noise=None):
+    """The latent of one clip in the space that the model sees, [16, T, H, W].   noise: its seed, if not the prompt's"""
+    import comfy.sample
+    told = model_file.sampling_of(model_file.FILES[name])
+    words = scenes.words(model_file.scene_of(seed))[None]
+    latent, noise = torch.zeros(1, *told["latent"]), seed if noise is None else noise
+    with torch.inference_mode():
+        out = comfy.sample.sample(
+            model, comfy.sample.prepare_noise(latent, noise), told["steps"], told["cfg"], told["sampler"],
+            told["scheduler"], [[words, {}]], [[torch.zeros_like(words), {}]], latent, disable_pbar=True, seed=seed)
+    return model.model.latent_format.process_in(out)[0]
+
+
+def sparse(model, seed, name="dense", **widgets):
+    """The latent of one clip through the VSA node, and the share of all pairs that its sparse calls computed."""
+    from pack.nodes.hook.hook import SparseAttentionHook
+    from pack.nodes.methods.video_sparse_attention import VideoSparseAttentionPatch
+    patched = VideoSparseAttentionPatch.execute(model, backend="reference", min_tokens=0, strict=True, **widgets)[0]
+    latent = sample(patched, seed, name)
+    run = SparseAttentionHook.of(patched)[-1].last_run
+    dense = {why: n for why, n in run.dense.items() if "start_percent" not in why}
+    if dense or not run.sparse_steps:
+        raise RuntimeError(f"wanted every call after the dense steps sparse, found dense ones: {dense or run.dense}")
+    return latent, {"density": run.density, "sparse_steps": len(run.sparse_steps)}
+
+
+def rounded(func, q, k, v, *args, **kwargs):
+    """An attention override: dense attention of operands that were rounded to bfloat16, as on most cards."""
+    out = func(*(x.bfloat16().to(x.dtype) for x in (q, k, v)), *args, **kwargs)
+    return out.bfloat16().to(out.dtype)

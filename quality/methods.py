@@ -1,0 +1,56 @@
+"""What the quality table compares: dense and its noise floor, and the pack's nodes with their settings."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILES = 32                   # of 64 tokens, in the 8 x 16 x 16 tokens of the clips
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+    method: str
+    keep: int = 100          # percent of the tiles
+    dense: int = 0           # steps at the start
+
+    @property
+    def title(self):
+        return METHODS[self.method][0] + (f", {self.keep} %" if self.keep < 100 else "") if self.method in METHODS \
+            else self.method
+
+    @property
+    def slug(self):
+        return f"{self.method.replace(' ', '_')}_{self.keep}_{self.dense}"
+
+
+# name: title, widgets of the VSA node beside sparsity and start
+METHODS = {
+    "raster": ("runs of 64 tokens", {"tile_size": "1x4x16"}),
+    "tiles": ("tiles", {"tile_size": "4x4x4"}),
+    "raster_far": ("runs of 64 tokens + far field", {"tile_size": "1x4x16", "far_field": "on"}),
+    "far": ("tiles + far field", {"tile_size": "4x4x4", "far_field": "on"}),
+    "mass": ("tiles by mass", {"tile_size": "4x4x4", "attention_mass": 0.999}),     # as many as sparsity allows
+    "both": ("tiles by mass + far field", {"tile_size": "4x4x4", "attention_mass": 0.999, "far_field": "on"}),
+}
+DENSE = Case("dense")
+FLOOR = (Case("bf16 attention"), Case("other seed"))
+
+
+def cases(names, keeps, denses):
+    return [Case(name, keep, dense) for keep in keeps for dense in denses for name in names]
+
+
+def sample(clips, case, seed):
+    """The latent of one clip, and what the run says of itself."""
+    model = clips.load("dense")
+    if case == DENSE:
+        return clips.sample(model, seed), {}
+    if case.method == "other seed":
+        return clips.sample(model, seed, noise=seed + 500_000), {}
+    if case.method == "bf16 attention":
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = clips.rounded
+        return clips.sample(model, seed), {}
+    return clips.sparse(model, seed, sparsity=1 - round(case.keep / 100 * TILES) / TILES,
+                        start_percent=case.dense / STEPS, **METHODS[case.method][1])
