@@ -227,7 +227,7 @@ def test_a_kept_proof_is_used_without_running_a_case(proofs):
     run = counting(right)
     made = proofs.prove(spec_of(run), CALL)
     calls = run.calls
-    assert calls == 30 and proofs.prove(spec_of(run), CALL) is made
+    assert calls == 36 and proofs.prove(spec_of(run), CALL) is made
     again = Proofs(ProofStore(proofs.store.folder)).prove(spec_of(run), CALL)
     assert again == made and run.calls == calls
     code = textwrap.dedent("""
