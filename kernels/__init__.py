@@ -13,6 +13,7 @@ import torch
 from . import cuda_sm90, far_start, gathered, reference, tile_ops, triton
 from .choice import AUTO, choose, refusal
 from .contest import Contest, Span
+from .namespace import NAMESPACE
 from .proofs import PROOFS, PROVE_COMMAND, words
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel, listed
 from .tile_grid import TileGrid
@@ -158,7 +159,7 @@ def check_operands(q, k, v, indices, counts, block_sizes, token_rows=None, gate=
             fail(f"{name} in {x.dtype} on {x.device}", f"int32 on {q.device}")
 
 
-@torch.library.custom_op("video_sparse_attention::block_sparse_attention", mutates_args=(), schema=(
+@torch.library.custom_op(f"{NAMESPACE}::block_sparse_attention", mutates_args=(), schema=(
     "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor block_sizes, float scale, str backend, "
     "bool return_lse, Tensor? token_rows=None, Tensor? gate=None, Tensor? coarse=None, SymInt blocks_per_tile=1, "
     "SymInt[]? tile_grid=None, Tensor? far=None, Tensor? far_lse=None) -> (Tensor, Tensor)"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference, reference_tiles, triton
 from .choice import AUTO, choose
+from .namespace import NAMESPACE
 from .proofs import PROOFS
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable
 
@@ -100,7 +101,7 @@ def _run(table, call, backend, exclude, operands):
             exclude = {**exclude, spec.name: str(error)}
 
 
-@torch.library.custom_op("video_sparse_attention::tile_means", mutates_args=(), schema=(
+@torch.library.custom_op(f"{NAMESPACE}::tile_means", mutates_args=(), schema=(
     "(Tensor[] parts, Tensor token_rows, SymInt tiles, SymInt blocks_per_tile, str backend) -> Tensor"))
 def _tile_means(parts: list[Tensor], token_rows: Tensor, tiles: int, blocks_per_tile: int, backend: str) -> Tensor:
     return _run(MEANS_KERNELS, Call.of(parts[0]), backend, {}, (parts, token_rows, tiles, blocks_per_tile))
@@ -113,7 +114,7 @@ def _(parts, token_rows, tiles, blocks_per_tile, backend):
     return parts[0].new_empty((len(parts), batch, heads, tiles, dim), dtype=dtype)
 
 
-@torch.library.custom_op("video_sparse_attention::select_tiles", mutates_args=(), schema=(
+@torch.library.custom_op(f"{NAMESPACE}::select_tiles", mutates_args=(), schema=(
     "(Tensor query_means, Tensor key_means, SymInt k, float scale, SymInt blocks_per_tile, SymInt always, str backend) "
     "-> Tensor"))
 def _select_tiles(query_means: Tensor, key_means: Tensor, k: int, scale: float, blocks_per_tile: int, always: int,

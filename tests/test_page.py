@@ -11,7 +11,7 @@ import pytest
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-GRAPH = Path(__file__).resolve().parent.parent / "workflows" / "api" / "wan_t2v_vsa.json"
+GRAPH = Path(__file__).resolve().parent / "small_graph.json"
 PATCH, REPORT = "VideoSparseAttentionPatch", "SparseAttentionReport"
 CANVAS, VUE = "canvas", "vue"
 READY = """() => window.app?.graph && window.app?.canvas

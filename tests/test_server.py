@@ -43,7 +43,7 @@ def object_info(server):
 
 @pytest.fixture
 def api_graph():
-    graph = json.loads((ROOT / "workflows" / "api" / "wan_t2v_vsa.json").read_text())
+    graph = json.loads((ROOT / "tests" / "small_graph.json").read_text())
     graph["2"]["inputs"]["backend"] = "reference"        # auto would leave so small a clip to dense attention
     return graph
 

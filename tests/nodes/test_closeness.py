@@ -9,6 +9,10 @@ SIZE = (5, 8, 12)
 SENTENCE = r"kept (about )?[\d.]+% of the attention, (about )?[\d.]+% from exact \(\d+ tiles in \d+ attention calls\)"
 
 
+of_lists = pytest.mark.parametrize("method", ["vsa", "sta", "sla"], indirect=True)
+"""Methods that read lists of tiles: VMoBA's tokens choose one by one and are not judged."""
+
+
 @pytest.fixture
 def every_tile(monkeypatch):
     """Every sparse call is measured, at all of its tiles: what the sampled figures estimate."""
@@ -49,6 +53,7 @@ def test_the_node_and_the_report_say_what_was_kept_and_how_far_from_exact(wan, v
         assert numbers["measured_calls"] >= 4 and numbers["measured_ms"] > 0
 
 
+@of_lists
 def test_a_call_that_keeps_every_pair_is_exact(wan, method, run_of, draw):
     full, _ = method
     patched = full(wan)
@@ -81,6 +86,7 @@ def test_figures_are_those_of_the_calls_themselves(wan, vsa, sta, run_of, draw, 
         assert run_of(patched).closeness.relative_error == pytest.approx(wanted, rel=1e-5)
 
 
+@of_lists
 def test_the_sampling_is_bit_for_bit_the_same_without_it(wan, method, draw, run_of, monkeypatch):
     from pack.nodes.hook.closeness import Closeness
     _, sparse = method

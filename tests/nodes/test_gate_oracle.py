@@ -59,8 +59,9 @@ def test_the_gated_call_combines_coarse_and_fine_as_upstream_does(comfyui, dtype
     x = torch.randn(2, tokens, DIM, generator=generator).to(dtype)
     layer = torch.nn.Linear(DIM, DIM, dtype=dtype)
     run = Run("VSA")
-    call = SimpleNamespace(record=None, sampled=False, kernel="reference", layer=3, options={FED: FedGate(layer, x)},
-                           step=SimpleNamespace(run=run), heads=range(HEADS), of_heads=HEADS)
+    call = SimpleNamespace(record=None, reads=None, watch=None, sampled=False, kernel="reference", layer=3,
+                           options={FED: FedGate(layer, x)}, step=SimpleNamespace(run=run), heads=range(HEADS),
+                           of_heads=HEADS)
     method = VideoSparseMethod(SPARSITY, TILE)
     with torch.inference_mode():
         gate = layer(x).view(q.shape)
@@ -79,8 +80,9 @@ def test_keeping_every_tile_gives_dense_attention_plus_the_gated_coarse_term(com
     from pack.nodes.trained.gates import FED, FedGate
     from pack.vsa_core.grid import TokenGrid
     q, k, v = torch.randn(3, 1, math.prod(GRID), HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(9))
-    call = SimpleNamespace(record=None, sampled=False, kernel="reference", layer=0, heads=range(HEADS), of_heads=HEADS,
-                           step=SimpleNamespace(run=Run("VSA")), options={FED: FedGate(torch.zeros_like, q.flatten(2))})
+    call = SimpleNamespace(record=None, reads=None, watch=None, sampled=False, kernel="reference", layer=0,
+                           heads=range(HEADS), of_heads=HEADS, step=SimpleNamespace(run=Run("VSA")),
+                           options={FED: FedGate(torch.zeros_like, q.flatten(2))})
     method = VideoSparseMethod(0.0, TILE)
     found = method.attend(method.plan(TokenGrid(GRID), torch.device("cpu")), q, k, v, call)
     assert ((found - dense_attention_oracle(q, k, v)).norm() / found.norm()).item() <= 1e-5
