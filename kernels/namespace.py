@@ -21,8 +21,8 @@ def free_namespace() -> str:
         number += 1
         name = f"{NAME}_{number}"
     if number > 1:
-        log.warning("Video Sparse Attention is loaded %d times in this process, now from %s: keep one of its folders in "
-                    "custom_nodes and remove the others", number, Path(__file__).resolve().parent.parent)
+        log.warning("Video Sparse Attention is loaded %d times in this process, now from %s: keep one of its folders "
+                    "in custom_nodes and remove the others", number, Path(__file__).resolve().parent.parent)
     return name
 
 
