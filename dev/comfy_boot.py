@@ -67,11 +67,11 @@ def find(path=None):
     return root
 
 
-def boot(path=None, *flags):
-    """Puts the checkout first on sys.path and parses `--cpu` plus `flags` as its command line."""
+def boot(path=None, *flags, cpu=True):
+    """Puts the checkout first on sys.path and parses `flags`, and `--cpu` unless told otherwise, as its command line."""
     root = find(path)
     sys.path.insert(0, str(root))
-    argv, sys.argv = sys.argv, ["main.py", "--cpu", *flags]
+    argv, sys.argv = sys.argv, ["main.py", *(["--cpu"] if cpu else []), *flags]
     try:
         import comfy.options
         comfy.options.enable_args_parsing()
