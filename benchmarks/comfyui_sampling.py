@@ -1,15 +1,16 @@
 """The nodes in a real ComfyUI: a model of Wan's size with random weights is sampled dense and with every method.
 
-    python benchmarks/comfyui_sampling.py [--comfyui PATH] [--models NAME ...] [--cases NAME ...] [--steps 8] [--seconds 300]
+    python benchmarks/comfyui_sampling.py [--comfyui PATH] [--models NAME ...] [--cases NAME ...] [--steps 8]
     python benchmarks/comfyui_sampling.py --dry-run --out FOLDER     the same steps on a CPU with a tiny model
 
-Needs ComfyUI's own requirements in this Python. Writes DATE-GPU-sampling.json and a Markdown table beside it: the median
-step, dense and sparse, its spread and memory, and what stands on the node afterwards. The first sampling of a case
-proves and compiles and is not counted. Random weights say nothing about quality, nor about how peaked attention is.
+Needs ComfyUI's own requirements in this Python. Writes DATE-GPU-sampling.json and a Markdown table beside it: the
+median step, dense and sparse, its spread and memory, and what stands on the node afterwards. The first sampling of a
+case proves and compiles and is not counted. Random weights tell nothing of quality, nor of how peaked attention is.
 """
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -112,7 +113,7 @@ def step_times(model, size: Model, steps: int, device) -> list[float]:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
     sample(model, "wan", size.latent, steps=steps + 1, cfg=1.0, callback=mark)
-    return [after - before for before, after in zip(marks, marks[1:])]
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def measure(make: Callable, size: Model, steps: int, device) -> dict:

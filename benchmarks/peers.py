@@ -4,6 +4,7 @@ Signatures read in fastvideo-kernel 0.3.5, flashinfer-python 0.7.2 and comfy-kit
 """
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
@@ -76,9 +77,9 @@ def flex_attention(problem):
 
 def fastvideo(operator: str):
     def prepare(problem):
-        from fastvideo_kernel import block_sparse_attn
         q, k, v = heads_first(problem)
-        run = getattr(block_sparse_attn, operator)
+        # By its full name: the package has a function of the module's name.
+        run = getattr(importlib.import_module("fastvideo_kernel.block_sparse_attn"), operator)
         return lambda: run(q, k, v, problem.indices, problem.counts, problem.sizes)[0].transpose(1, 2)
     return prepare
 

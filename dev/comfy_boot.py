@@ -68,7 +68,7 @@ def find(path=None):
 
 
 def boot(path=None, *flags, cpu=True):
-    """Puts the checkout first on sys.path and parses `flags`, and `--cpu` unless told otherwise, as its command line."""
+    """Puts the checkout first on sys.path and parses `flags` as its command line, with `--cpu` unless cpu is False."""
     root = find(path)
     sys.path.insert(0, str(root))
     argv, sys.argv = sys.argv, ["main.py", *(["--cpu"] if cpu else []), *flags]

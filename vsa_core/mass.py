@@ -16,6 +16,8 @@ from .mass_lists import KeptTiles
 _SCORE_BYTES = {"cpu": 8 << 20}
 """Bound on the scores held at once: what a CPU holds in its caches. Beside them lie the keys of one head."""
 _SCORE_BYTES_ELSEWHERE = 24 << 20
+_POOLED_BYTES = 64 << 20
+"""Bound on the scores of tile means that are worked on at once."""
 
 
 def tile_masses(query: Tensor, key: Tensor, layout: TileLayout, scale: float, every: int = 1) -> tuple[Tensor, Tensor]:
@@ -60,21 +62,25 @@ def pooled_masses(query: Tensor, key: Tensor, layout: TileLayout, scale: float,
     _require(query, key, layout)
     sizes = layout.variable_block_sizes
     query_means, key_means = tile_means((query, key), layout.token_rows, len(sizes), layout.blocks_per_tile, backend)
-    masses = query_means.new_empty((*query_means.shape[:2], len(sizes), len(sizes)))
-    others = query_means.new_zeros(query_means.shape[:3])
+    asking, keys = query_means.flatten(0, 1) * scale, key_means.flatten(0, 1)          # [B*H, N, D]
+    masses = asking.new_empty((len(asking), len(sizes), len(sizes)))
+    others = asking.new_zeros(masses.shape[:2])
     shown = _shown(layout)[layout.num_video_slots:]
-    rows = layout.token_rows[layout.num_video_slots:][shown].long()
-    for b in range(query.shape[0]):
-        for h in range(query.shape[2]):
-            asking = query_means[b, h] * scale
-            torch.addmm(sizes.to(masses.dtype).log(), asking, key_means[b, h].T, out=masses[b, h])
-            total = masses[b, h].logsumexp(-1)
-            if len(rows):
-                other = (asking @ key[b, rows, h].to(asking.dtype).T).logsumexp(-1)
-                total = torch.logaddexp(total, other)
-                others[b, h] = (other - total).exp_()
-            masses[b, h].sub_(total[:, None]).exp_()
-    return masses, others
+    rows = layout.token_rows[layout.num_video_slots:][shown]
+    size = sizes.to(masses.dtype).log().expand(1, 1, -1)
+    other_keys = key.index_select(1, rows).permute(0, 2, 3, 1).flatten(0, 1) if len(rows) else None    # [B*H, D, R]
+    step = max(1, _POOLED_BYTES // (masses[0].numel() * masses.element_size()))
+    for first in range(0, len(asking), step):
+        part = slice(first, first + step)
+        scores = torch.baddbmm(size, asking[part], keys[part].transpose(1, 2), out=masses[part])
+        total = scores.logsumexp(-1)
+        if other_keys is not None:
+            other = (asking[part] @ other_keys[part].to(asking.dtype)).logsumexp(-1)
+            total = torch.logaddexp(total, other)
+            others[part] = (other - total).exp_()
+        scores.sub_(total[..., None]).exp_()
+    shape = query_means.shape[:2]
+    return masses.unflatten(0, shape), others.unflatten(0, shape)
 
 
 def sampled_mass(query: Tensor, key: Tensor, kept: KeptTiles, layout: TileLayout, scale: float, rows: int,

@@ -17,7 +17,8 @@ from .layout import TileLayout
 
 _CHUNK_BYTES = 64 << 20
 """Bound on what is held at once beside operands and results."""
-_HALVINGS = 20
+_EDGES, _ROUNDS = 128, 3
+"""The target that fits is looked for among so many at once, so many times: to within a two-millionth."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def keep_mass(masses: Tensor, others: Tensor, target: float, most: float, layout
     sizes = layout.variable_block_sizes.to(before.dtype)
     total, unseen = layout.total_seq_length, len(layout.grid.hidden)
     extra = layout.grid.num_other_tokens
-    keys = torch.stack([(head.to(sizes.dtype) @ sizes) for head in kept.flatten(0, 1)]).view(counts.shape)
+    keys = _keys_kept(kept, sizes)
     pairs = ((keys + extra - unseen) @ sizes).mean() + extra * (total - unseen)
     heads = counts.to(sizes).mean((0, 2))
     numbers = torch.stack([counts.amax().to(sizes), heads.mean(), heads.amin(), heads.amax(),
@@ -148,6 +149,14 @@ def _mass_before(masses: Tensor, others: Tensor) -> Tensor:
     return masses
 
 
+def _keys_kept(kept: Tensor, sizes: Tensor) -> Tensor:
+    """The tokens of every list.   kept: bool [B, H, N, N], sizes: [N]  ->  [B, H, N]"""
+    flat = kept.flatten(0, 1)
+    step = max(1, _CHUNK_BYTES // (flat.shape[1] * flat.shape[2] * sizes.element_size()))
+    parts = [flat[first:first + step].to(sizes.dtype) @ sizes for first in range(0, len(flat), step)]
+    return torch.cat(parts).view(kept.shape[:3])
+
+
 def _held_before(ranked: Tensor, base: Tensor) -> Tensor:
     held = ranked.cumsum(-1).roll(1, -1)
     held[..., 0] = 0
@@ -161,24 +170,34 @@ def _held(before: Tensor, kept: Tensor) -> Tensor:
 
 def _threshold_that_fits(before: Tensor, wanted: Tensor, most: float) -> Tensor:
     """The highest target up to `wanted` at which the lists of a batch entry hold at most `most` tiles together. [B]"""
-    def fits(threshold: Tensor) -> Tensor:
-        return torch.stack([(entry < bound).sum() for entry, bound in zip(before, threshold, strict=True)]) <= most
+    return torch.stack([_fitting(entry.flatten(), bound, most) for entry, bound in zip(before, wanted, strict=True)])
 
-    whole = fits(wanted)
-    if bool(whole.all()):
-        return wanted
-    low, high = torch.zeros_like(wanted), wanted.clone()
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        room = fits(middle)
-        low, high = torch.where(room, middle, low), torch.where(room, high, middle)
+
+def _fitting(before: Tensor, wanted: Tensor, most: float) -> Tensor:
+    """The same of one batch entry; waits for nothing.   before: [H*N*N], wanted: []"""
+    low, high, whole = torch.zeros_like(wanted), wanted, None
+    share = torch.linspace(0, 1, _EDGES + 1, dtype=wanted.dtype, device=wanted.device)
+    for _ in range(_ROUNDS):
+        edges = torch.lerp(low, high, share)
+        fits = _counts_below(before, edges) <= most
+        whole = fits[-1] if whole is None else whole
+        last = fits.sum(0, keepdim=True) - 1               # the first fits: own tiles alone lie below it
+        low, high = edges.gather(0, last)[0], edges.gather(0, (last + 1).clamp(max=_EDGES))[0]
     return torch.where(whole, wanted, low)
+
+
+def _counts_below(values: Tensor, edges: Tensor) -> Tensor:
+    """How many values lie below every edge, float64.   values: [n], edges: [E], rising"""
+    bins, step = len(edges) + 1, _CHUNK_BYTES // 8
+    found = torch.zeros(bins, dtype=torch.float64, device=values.device)
+    for first in range(0, len(values), step):              # fewer than 2^24 at once: float32 counts them exactly
+        place = torch.bucketize(values[first:first + step], edges, right=True, out_int32=True)
+        found += torch.histc(place.float(), bins, min=-0.5, max=bins - 0.5)
+    return found.cumsum(0)[:-1]
 
 
 def _packed(kept: Tensor) -> Tensor:
     """bool [..., N] -> uint8 [..., ceil(N / 8)], the lowest bit first."""
-    eighths = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    bits = torch.zeros(eighths.shape[:-1], dtype=torch.uint8, device=kept.device)
-    for place in range(8):
-        bits |= eighths[..., place].to(torch.uint8) << place
-    return bits
+    eighths = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (eighths << places).sum(-1, dtype=torch.uint8)
