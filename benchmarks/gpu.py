@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -227,6 +228,8 @@ def save(report, text: str, folder: Path, suffix: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{report['date']}-{name}{suffix}.json"
     target.write_text(json.dumps(report, indent=1) + "\n")
+    title, _, rest = text.partition("\n")
+    text = f"{title}\n\n`{report['command']}`\n{rest}"
     target.with_suffix(".md").write_text(text)
     print(text)
     return target
@@ -234,7 +237,8 @@ def save(report, text: str, folder: Path, suffix: str = "") -> Path:
 
 def start(args, device, **more) -> dict:
     """A report with nothing measured yet."""
-    report = {"date": datetime.date.today().isoformat(), **facts(device), **more, "rows": []}
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    report = {"date": datetime.date.today().isoformat(), "command": command, **facts(device), **more, "rows": []}
     return report | ({"dry_run": True} if args.dry_run else {})
 
 
