@@ -16,6 +16,8 @@ class Case:
 
     @property
     def title(self):
+        if self.method in PRESETS:
+            return f"preset {self.method}"
         return METHODS[self.method][0] + (f", {self.keep} %" if self.keep < 100 else "") if self.method in METHODS \
             else self.method
 
@@ -33,6 +35,8 @@ METHODS = {
     "mass": ("tiles by mass", {"tile_size": "4x4x4", "attention_mass": 0.999}),     # as many as sparsity allows
     "both": ("tiles by mass + far field", {"tile_size": "4x4x4", "attention_mass": 0.999, "far_field": "on"}),
 }
+PRESETS = ("safe", "balanced", "fast")
+"""Of the VSA node, everything else as a new node has it."""
 DENSE = Case("dense")
 FLOOR = (Case("bf16 attention"), Case("other seed"))
 
@@ -52,5 +56,7 @@ def sample(clips, case, seed):
         model = model.clone()
         model.model_options["transformer_options"]["optimized_attention_override"] = clips.rounded
         return clips.sample(model, seed), {}
+    if case.method in PRESETS:
+        return clips.sparse(model, seed, sparsity=0.8, preset=case.method, far_field="auto")
     return clips.sparse(model, seed, sparsity=1 - round(case.keep / 100 * TILES) / TILES,
                         start_percent=case.dense / STEPS, **METHODS[case.method][1])

@@ -34,7 +34,7 @@ SEED = 1000                  # of the first clip; training drew its scenes elsew
 def folder_of(case):
     """Where the clips of a case are kept: a folder per model, and per version of the pack's sources if it uses them."""
     digest = hashlib.sha256(model_file.FILES["dense"].read_bytes() + (ROOT / "quality" / "clips.py").read_bytes())
-    for room in ("kernels", "vsa_core", "nodes") if case.method in methods.METHODS else ():
+    for room in ("kernels", "vsa_core", "nodes") if case.method in (*methods.METHODS, *methods.PRESETS) else ():
         for path in sorted((ROOT / room).rglob("*.py")):
             digest.update(path.read_bytes())
     folder = KEPT / digest.hexdigest()[:12]
@@ -70,7 +70,7 @@ def judged(seed, path, dense_path):
     asked = judge.judge(rgb, model_file.scene_of(seed))
     return {"error": judge.relative(kept["latent"], dense["latent"]), **judge.likeness(reference, rgb),
             "content": judge.content(rgb) == judge.content(reference), "count": asked.count_right,
-            "kinds": asked.kinds, "flicker": judge.flicker(rgb) / judge.flicker(reference),
+            "kinds": asked.kinds, "sparse_steps": kept.get("sparse_steps"), "flicker": judge.flicker(rgb) / judge.flicker(reference),
             "density": kept.get("density"), "seconds": kept["seconds"]}
 
 
@@ -79,7 +79,8 @@ def row(case, results):
     low, high = judge.interval(kept, n)
     middle = {key: statistics.median(r[key] for r in results) for key in ("error", "psnr", "ssim", "flicker")}
     density = [r["density"] for r in results if r["density"] is not None]
-    return [case.title, str(case.dense), f"{statistics.mean(density):.1%}" if density else "", f"{middle['error']:.3f}",
+    steps = results[0]["sparse_steps"]
+    return [case.title, str(case.dense if steps is None else methods.STEPS - steps), f"{statistics.mean(density):.1%}" if density else "", f"{middle['error']:.3f}",
             f"{middle['psnr']:.1f}", f"{middle['ssim']:.3f}", f"{kept / n:.0%} ({low:.0%}-{high:.0%})",
             f"{sum(r['count'] for r in results) / n:.0%}", f"{middle['flicker']:.2f}", str(n)]
 
@@ -117,12 +118,15 @@ def main():
     parser.add_argument("--methods", default=",".join(methods.METHODS))
     parser.add_argument("--keep", default="20", help="tiles kept, in percent")
     parser.add_argument("--dense", default="1", help="dense steps at the start, of 16")
+    parser.add_argument("--presets", action="store_true", help="the presets of the VSA node, and nothing else")
     parser.add_argument("--all", action="store_true", help="10, 20 and 30 %%, 0, 1 and 3 dense steps")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=KEPT / "quality.md")
     args = parser.parse_args()
     keep, dense = ("10,20,30", "0,1,3") if args.all else (args.keep, args.dense)
     cases = methods.cases(args.methods.split(","), *([int(n) for n in some.split(",")] for some in (keep, dense)))
+    if args.presets:
+        cases = [methods.Case(name) for name in methods.PRESETS]
     seeds = range(SEED, SEED + args.seeds)
     everything = methods.DENSE, *methods.FLOOR, *cases
     folders = {case: folder_of(case) for case in everything}

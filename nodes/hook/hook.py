@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -25,7 +26,7 @@ from .method import CompletesDense, LayerCall, Method, Step
 from .place_of_run import executing
 from .places import is_compiled, place_in_schedule
 from .run import DENSE, OTHER, SPARSE, Run
-from .settings import Settings
+from .settings import FEW_STEPS, Settings
 from .sparse_calls import SparseCalls
 from .speed import DenseCall
 from .status import node_text, replaced_text, show_under_node, status_text, unseen_text
@@ -128,6 +129,7 @@ class SparseAttentionHook:
     def _new_run(self) -> Run:
         run = Run(self.method.name, self.settings.backend, *executing())
         run.warnings += self.warnings
+        run.chosen = self.settings.said
         return run
 
     def _report(self, run: Run) -> None:
@@ -169,7 +171,7 @@ class SparseAttentionHook:
         to_sigma = base.model_sampling.percent_to_sigma
         place = place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma)
         number = run.begin_pass(*place)
-        step = Step(run, base.diffusion_model, call, self.settings.schedule.holds(sigma, to_sigma), number, *place)
+        step = Step(run, base.diffusion_model, call, self._scheduled(run, sigma, to_sigma, *place), number, *place)
         token, seen = f"{run.steps}.{next(_numbers)}", run.seen
         options = {**options, self._step_key: token}
         self._take_top(options)
@@ -186,6 +188,18 @@ class SparseAttentionHook:
             return out
         finally:
             del self._steps[token]
+
+    def _scheduled(self, run: Run, sigma: float, to_sigma: Callable[[float], float], index: int, total: int) -> bool:
+        """Whether the schedule lets a forward pass run sparse, at this step of so many."""
+        schedule = self.settings.schedule
+        holds = schedule.holds(sigma, to_sigma)
+        if holds or not self.settings.few_steps or not 0 < index < total <= FEW_STEPS:
+            return holds
+        holds = replace(schedule, start_percent=0.0).holds(sigma, to_sigma)
+        if holds:
+            run.note(f"of {total} steps only the first is dense at the start (start_percent "
+                     f"{schedule.start_percent:g} with preset custom would make more)")
+        return holds
 
     def _unseen(self, run: Run, base, options, again: Callable[[], Tensor], out: Tensor) -> Tensor:
         """The first forward pass made no attention call that the hook saw: where the model is compiled, a graph from

@@ -82,6 +82,8 @@ class Run:
         self.warnings: list[str] = []
         """What costs the user time or quality."""
         self.notes: list[str] = []
+        self.chosen = ""
+        """What a preset made of the node's widgets."""
         self.steps = 0
         self.sampled_step = -1
         self.closeness = Closeness()

@@ -9,7 +9,9 @@ from comfy_api.latest import io
 from ... import kernels
 from ...vsa_core.schedule import DenseBlocks, Schedule, parse_dense_blocks
 
-DEFAULT_MIN_TOKENS = 12288
+DEFAULT_START, DEFAULT_MIN_TOKENS = 0.2, 12288
+FEW_STEPS = 8
+"""Steps of a schedule up to which a model was distilled, most likely: a dense start costs the more of it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,10 @@ class Settings:
     min_tokens: int = 0
     strict: bool = False
     verbose: bool = False
+    few_steps: bool = False
+    """Whether at most the first step of a schedule of up to FEW_STEPS stays dense at the start."""
+    said: str = ""
+    """What a preset made of the widgets, for the user."""
 
     @property
     def insists(self) -> bool:
@@ -38,10 +44,11 @@ def settings_inputs() -> list:
     return [
         io.Combo.Input(
             "backend", options=[kernels.AUTO, *(spec.name for spec in kernels.KERNELS)], default=kernels.AUTO,
+            optional=True, advanced=True,
             tooltip="The kernel that computes attention. auto takes the best that is proven right on this card, "
                     "and runs dense where dense is faster. A kernel chosen by name runs or raises an error."),
         io.Float.Input(
-            "start_percent", default=0.2, min=0.0, max=1.0, step=0.01,
+            "start_percent", default=DEFAULT_START, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
             tooltip="Part of the denoising that stays dense at the start, where the composition forms. "
                     "Lower is faster. 0 for checkpoints that were trained with sparse attention."),
         io.Float.Input(
@@ -64,13 +71,13 @@ def settings_inputs() -> list:
     ]
 
 
-def read_settings(backend=kernels.AUTO, start_percent=0.2, end_percent=1.0, dense_blocks="",
-                  min_tokens=DEFAULT_MIN_TOKENS, strict=False, verbose=False) -> Settings:
-    """The shared widgets as Settings. Raises ValueError: found, wanted."""
+def read_settings(backend=kernels.AUTO, start_percent=DEFAULT_START, end_percent=1.0, dense_blocks="",
+                  min_tokens=DEFAULT_MIN_TOKENS, strict=False, verbose=False, few_steps=False, said="") -> Settings:
+    """The shared widgets, and what a preset made of them, as Settings. Raises ValueError: found, wanted."""
     if min_tokens < 0:
         raise ValueError(f"min_tokens {min_tokens}: wanted 0 or more")
     return Settings(backend, Schedule(start_percent, end_percent), parse_dense_blocks(dense_blocks), min_tokens,
-                    strict, verbose)
+                    strict, verbose, few_steps, said)
 
 
 def why_invalid(read: Callable, value) -> str | bool:

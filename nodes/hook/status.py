@@ -15,7 +15,8 @@ def node_text(run: Run) -> str:
     kernel, and the dense steps."""
     close = run.closeness.sentence()
     close = "" if any(text.startswith(close) for text in run.warnings) else close
-    return "\n".join([verdict(run), *bullets([*run.warnings, close, *_choice_lines(run), dense_steps(run)])])
+    lines = [*run.warnings, close, *_choice_lines(run), run.chosen, dense_steps(run)]
+    return "\n".join([verdict(run), *bullets(lines)])
 
 
 def status_text(run: Run, verbose: bool = False) -> str:

@@ -59,7 +59,8 @@ def _why_off(run: Run) -> str:
     reason = run.dense.most_common(1)[0][0]
     if reason.startswith(FEW_TOKENS):
         least = reason.removeprefix(FEW_TOKENS).split()[0]
-        return (f"the clip has {run.tokens} tokens and min_tokens is {least}. Make it longer or larger, or lower "
+        more = f" by {int(least) / run.tokens:.1f}x" if run.tokens else ""
+        return (f"the clip has {run.tokens} tokens and min_tokens is {least}. Make it longer or larger{more}, or lower "
                 "min_tokens")
     if reason == "no kernel" and run.warnings:
         return "no kernel can run it"

@@ -24,10 +24,11 @@ from ..families import family_of
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall, StaysDense
 from ..hook.run import Run
-from ..hook.settings import read_settings, settings_inputs, why_invalid
+from ..hook.settings import DEFAULT_START, read_settings, settings_inputs, why_invalid
 from ..trained.fed_layers import warn_of_other_training
 from .far_field import OFF, far_field_input, uses_far_field
 from .local_layers import LocalLayers
+from .presets import CUSTOM, PRESETS, choose, preset_input
 
 StrategyType = io.Custom("STA_STRATEGY")
 
@@ -165,7 +166,7 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                             "further from dense. At the edges the window shifts inward and keeps its size. Even "
                             "numbers of tiles act as the next odd one. Unused when a strategy is connected."),
                 io.Combo.Input(
-                    "tile_size", options=list(TILE_SIZES), default=AUTO_TILE,
+                    "tile_size", options=list(TILE_SIZES), default=AUTO_TILE, optional=True, advanced=True,
                     tooltip="Tokens per tile, time x height x width. auto takes the shape of up to 64 tokens that "
                             "fits this resolution best: nearly a cube, with little padding at the edges. 6x8x8 is what "
                             "published strategies were made for. Any tile of 64, 128, 192, ... tokens is accepted."),
@@ -175,6 +176,7 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                             "grid and number of steps; it must be for a model of as many layers and heads."),
                 *settings_inputs(),
                 far_field_input(),
+                preset_input("window", trains=False),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -185,9 +187,10 @@ class SlidingTileAttentionPatch(io.ComfyNode):
         return why_invalid(lambda text: read_method(DEFAULT_WINDOW, text), tile_size)
 
     @classmethod
-    def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, far_field=OFF,
+    def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, far_field=OFF, preset=CUSTOM,
                 **settings) -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        window, settings = preset_of(preset, window, settings, strategy is not None)
         method = replace(read_method(window, tile_size, strategy), far_field=uses_far_field(far_field, False))
         if strategy is not None:
             family, net = family_of(model.model), model.model.diffusion_model
@@ -195,6 +198,20 @@ class SlidingTileAttentionPatch(io.ComfyNode):
         patched = SparseAttentionHook.install(model, method, read_settings(**settings), node_id)
         warn_of_other_training(patched, node_id)
         return io.NodeOutput(patched)
+
+
+def preset_of(preset: str, window: str, settings: dict[str, Any], planned: bool):
+    """(window, shared widgets) as a preset has them. planned: whether a strategy says the windows."""
+    defaults = {"window": DEFAULT_WINDOW, "start_percent": DEFAULT_START}
+    wanted = {}
+    if preset in PRESETS:
+        wanted = {"start_percent": PRESETS[preset].start_percent}
+        if not planned:
+            wanted = {"window": PRESETS[preset].window, **wanted}
+    widgets = {"window": window, "start_percent": settings.get("start_percent", DEFAULT_START)}
+    chosen = choose(preset, widgets, defaults, wanted, None)
+    used = dict(chosen.widgets)
+    return used.pop("window"), {**settings, **used, "few_steps": chosen.few_steps, "said": chosen.said}
 
 
 def read_method(window: str, tile_size: str, strategy: Strategy | None = None) -> SlidingTileMethod:

@@ -22,7 +22,7 @@ from ...vsa_core.tiling import auto_tile_size, parse_tile_size
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall
 from ..hook.run import GridRecord, Run
-from ..hook.settings import read_settings, settings_inputs, why_invalid
+from ..hook.settings import DEFAULT_START, read_settings, settings_inputs, why_invalid
 from ..hook.status import show_under_node
 from ..trained.fed_layers import warn_of_other_training
 from ..trained.gate_advice import advice_after, advice_before
@@ -30,10 +30,11 @@ from ..trained.gates import GateSet, gate_of, gates_of
 from .attention_mass import MassLists, mass_input, mass_remarks, require_mass
 from .far_field import OFF, far_field_input, uses_far_field, warning
 from .local_layers import LocalLayers
+from .presets import CUSTOM, PRESETS, as_trained, choose, preset_input
 
 log = logging.getLogger(__name__)
 
-AUTO_TILE = "auto"
+DEFAULT_SPARSITY, AUTO_TILE = 0.8, "auto"
 TILE_SIZES = (AUTO_TILE, "4x4x4", "1x8x8", "2x4x8", "2x8x4", "4x2x8", "4x8x2", "8x2x4", "8x4x2", "4x4x8", "4x8x4",
               "8x4x4", "2x8x8", "4x8x8", "8x8x4")
 
@@ -145,12 +146,12 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A video model from any loader. Other patches may come before or after."),
                 io.Float.Input(
-                    "sparsity", default=0.8, min=0.0, max=0.99, step=0.01,
+                    "sparsity", default=DEFAULT_SPARSITY, min=0.0, max=0.99, step=0.01,
                     tooltip="Share of the clip that a tile does not look at. Higher is faster and further from the "
                             "dense result. 0.8 is a good start for models that were not trained for it; above 0.85 "
                             "expect visible changes. Models trained with VSA take 0.8 to 0.9. 0 is dense attention."),
                 io.Combo.Input(
-                    "tile_size", options=list(TILE_SIZES), default=AUTO_TILE,
+                    "tile_size", options=list(TILE_SIZES), default=AUTO_TILE, optional=True, advanced=True,
                     tooltip="Tokens per tile as time x height x width. auto takes the shape that fits this "
                             "resolution best: nearly a cube, with little padding at the edges. 4x4x4 is what VSA "
                             "checkpoints were trained with. 128 and 256 tokens choose more coarsely. Any tile of 64, "
@@ -158,6 +159,7 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 *settings_inputs(),
                 far_field_input(),
                 mass_input(),
+                preset_input("sparsity", trains=True),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -168,10 +170,11 @@ class VideoSparseAttentionPatch(io.ComfyNode):
         return why_invalid(lambda text: read_method(0.0, text), tile_size)
 
     @classmethod
-    def execute(cls, model, sparsity, tile_size=AUTO_TILE, far_field=OFF, attention_mass=0.0,
+    def execute(cls, model, sparsity, tile_size=AUTO_TILE, far_field=OFF, attention_mass=0.0, preset=CUSTOM,
                 **settings) -> io.NodeOutput:
         node_id, gates = getattr(getattr(cls, "hidden", None), "unique_id", None), gates_of(model)
         require_mass(attention_mass)
+        sparsity, settings = preset_of(preset, sparsity, settings, gates)
         method, settings = read_method(sparsity, tile_size), read_settings(**settings)
         method = replace(method, gates=gates, far_field=uses_far_field(far_field, gates is not None),
                          mass=attention_mass)
@@ -183,6 +186,20 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 show_under_node("\n".join(advice), node_id)
         warn_of_other_training(patched, node_id)
         return io.NodeOutput(patched)
+
+
+def preset_of(preset: str, sparsity: float, settings: dict[str, Any], gates: GateSet | None):
+    """(sparsity, shared widgets) as a preset has them, for a model with these gates."""
+    defaults = {"sparsity": DEFAULT_SPARSITY, "start_percent": DEFAULT_START, "end_percent": 1.0, "dense_blocks": ""}
+    wanted = {}
+    if gates is not None:
+        wanted = as_trained(gates.trained)
+    elif preset in PRESETS:
+        wanted = {"sparsity": PRESETS[preset].sparsity, "start_percent": PRESETS[preset].start_percent}
+    widgets = {name: settings.get(name, default) for name, default in defaults.items()} | {"sparsity": sparsity}
+    chosen = choose(preset, widgets, defaults, wanted, gates and gates.trained)
+    used = dict(chosen.widgets)
+    return used.pop("sparsity"), {**settings, **used, "few_steps": chosen.few_steps, "said": chosen.said}
 
 
 def read_method(sparsity: float, tile_size: str) -> VideoSparseMethod:

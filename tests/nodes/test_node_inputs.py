@@ -73,7 +73,7 @@ def test_every_advanced_input_is_optional(nodes):
                 if entry.advanced and not entry.optional]
 
 
-AS_BEFORE = {"far_field": "off"}
+AS_BEFORE = {"far_field": "off", "preset": "custom"}
 """Widgets that a new node has in use: left out, as in a prompt from before they existed, they change no result."""
 
 
