@@ -70,8 +70,8 @@ def judged(seed, path, dense_path):
     asked = judge.judge(rgb, model_file.scene_of(seed))
     return {"error": judge.relative(kept["latent"], dense["latent"]), **judge.likeness(reference, rgb),
             "content": judge.content(rgb) == judge.content(reference), "count": asked.count_right,
-            "kinds": asked.kinds, "sparse_steps": kept.get("sparse_steps"), "flicker": judge.flicker(rgb) / judge.flicker(reference),
-            "density": kept.get("density"), "seconds": kept["seconds"]}
+            "kinds": asked.kinds, "flicker": judge.flicker(rgb) / judge.flicker(reference),
+            "density": kept.get("density"), "sparse_steps": kept.get("sparse_steps"), "seconds": kept["seconds"]}
 
 
 def row(case, results):
@@ -80,7 +80,8 @@ def row(case, results):
     middle = {key: statistics.median(r[key] for r in results) for key in ("error", "psnr", "ssim", "flicker")}
     density = [r["density"] for r in results if r["density"] is not None]
     steps = results[0]["sparse_steps"]
-    return [case.title, str(case.dense if steps is None else methods.STEPS - steps), f"{statistics.mean(density):.1%}" if density else "", f"{middle['error']:.3f}",
+    dense = case.dense if steps is None else methods.STEPS - steps
+    return [case.title, str(dense), f"{statistics.mean(density):.1%}" if density else "", f"{middle['error']:.3f}",
             f"{middle['psnr']:.1f}", f"{middle['ssim']:.3f}", f"{kept / n:.0%} ({low:.0%}-{high:.0%})",
             f"{sum(r['count'] for r in results) / n:.0%}", f"{middle['flicker']:.2f}", str(n)]
 

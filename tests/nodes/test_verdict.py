@@ -55,7 +55,8 @@ def test_auto_that_went_back_to_dense_says_off_and_after_how_many_calls(wan, vsa
 
 
 @pytest.mark.parametrize(("widgets", "size", "because"), [
-    ({"min_tokens": 5000}, (5, 10, 12), "the clip has 150 tokens and min_tokens is 5000. Make it longer or larger by 33.3x, or"),
+    ({"min_tokens": 5000}, (5, 10, 12),
+     "the clip has 150 tokens and min_tokens is 5000. Make it longer or larger by 33.3x, or lower"),
     ({}, (1, 10, 12), "it makes a single frame"),
     ({"start_percent": 1.0}, (5, 10, 12), "every sampled step lies outside start_percent to end_percent. Lower"),
     ({"dense_blocks": "0-1"}, (5, 10, 12), "dense_blocks names every block"),
