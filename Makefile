@@ -16,7 +16,8 @@ OLDEST_READY := $(OLDEST_VENV)/.ready
 GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 FOUND := .cache/comfyui.found
-PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder
+# A process that crashes ends the run: pytest-xdist would wait for its tests for ever.
+PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
