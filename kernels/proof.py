@@ -56,7 +56,7 @@ def run_proof(spec: KernelSpec, call: Call, device: torch.device) -> Proof:
     except KernelUnusable as error:
         return proof(str(error), lasting=False)
     except Exception as error:
-        return proof(f"{type(error).__name__}: {_first_line(error)}", lasting=False)
+        return proof(_first_line(error) or type(error).__name__, lasting=False)
     return proof()
 
 

@@ -31,7 +31,7 @@ def dense_instead(settings: Settings, has_strict: bool = True) -> str:
         if wanted]
     if not changes:
         return "ComfyUI's log says more"
-    text = f"{' and '.join(changes)} to run such calls dense, or {BYPASS}"
+    text = f"{' and '.join(changes)} to run such attention calls dense, or {BYPASS}"
     return text[0].upper() + text[1:]
 
 

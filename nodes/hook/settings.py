@@ -67,7 +67,7 @@ def settings_inputs() -> list:
             tooltip="Raise an error instead of running dense when no kernel can run or a kernel fails."),
         io.Boolean.Input(
             "verbose", default=False, optional=True, advanced=True,
-            tooltip="Adds one line per layer to the report: calls, reasons and milliseconds."),
+            tooltip="Adds one line per layer to the report: attention calls, reasons and milliseconds."),
     ]
 
 

@@ -69,7 +69,7 @@ class SparseCalls:
                     raise RuntimeError("sparse attention ran out of GPU memory. Use a smaller clip. "
                                        + dense_instead(self.settings, self.method.has_strict)) from error
                 run.plans.clear()
-                run.warn("the sparse path ran out of memory: those calls ran dense")
+                run.warn("the sparse path ran out of memory: those attention calls ran dense")
                 return None, "out of memory"
             except Exception as error:
                 if spec is None:

@@ -114,7 +114,7 @@ def _layer_lines(run: Run) -> list[str]:
         ms = {kind: run.layer_ms[layer, kind] for kind in (SPARSE, DENSE)}
         spent = ", ".join(f"{kind} {value:.1f} ms" for kind, value in ms.items() if value)
         close = run.closeness.of_layer(layer)
-        lines.append(f"layer {'?' if layer is None else layer}: {_listed(counts)} calls; together {spent}"
+        lines.append(f"layer {'?' if layer is None else layer}: attention calls {_listed(counts)}; together {spent}"
                      + (f"; {close}" if close else ""))
     return lines
 

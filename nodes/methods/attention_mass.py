@@ -81,9 +81,10 @@ def mass_remarks(run: Run, sparsity: float, trained: str | None) -> list[str]:
     for known in (record.facts[FACT] for record in run.records.values() if FACT in record.facts):
         lines.append(words(known))
         if known["bounded"]:
-            lines.append(f"in {known['bounded']} of {known['calls']} calls {_percent(known)} of the attention needs "
-                         f"more tiles than the {1 - sparsity:.0%} that sparsity {sparsity:g} allows: less was kept "
-                         "there. Lower sparsity or attention_mass")
+            often = f"{known['bounded']} of {known['calls']}"
+            lines.append(f"in {often} attention calls {_percent(known)} of the attention needs more tiles than the "
+                         f"{1 - sparsity:.0%} that sparsity {sparsity:g} allows: less was kept there. Lower "
+                         "sparsity or attention_mass")
     if lines and trained:
         lines.append(f"{trained} was trained to read the same number of tiles everywhere. Set attention_mass to 0")
     return lines

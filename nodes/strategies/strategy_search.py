@@ -140,7 +140,8 @@ class STAStrategySearch(io.ComfyNode):
 def table_of(search: Search, run: Run) -> ErrorTable:
     """What a search has measured in a run. Raises ValueError where there was nothing to measure, or not all was."""
     if search.table is None:
-        reasons = ", ".join(f"{name} ({count} calls)" for name, count in (run.other + run.dense).most_common())
+        seen = (run.other + run.dense).most_common()
+        reasons = ", ".join(f"{name} ({count} attention calls)" for name, count in seen)
         raise ValueError(f"no self-attention of the clip was seen, so nothing was measured. Seen instead: {reasons}")
     search.table.relative()
     return search.table

@@ -27,10 +27,10 @@ def advice_after(trained: Trained, sparsity: float, run: Run) -> list[str]:
         lines.append(f"VSA gates of {trained.name} used in {len(run.gated)} layers")
     without = run.sparse_calls - run.gated.total()
     if without > 0:
-        lines.append(f"WARNING: {without} sparse calls had no gate")
+        lines.append(f"WARNING: {without} sparse attention calls had no gate")
     if run.dense:
-        lines.append(f"WARNING: {run.dense.total()} calls of this VSA-trained model ran dense, without its gates: "
-                     f"expect noise or blur. {_remedy(run)}")
+        lines.append(f"WARNING: {run.dense.total()} attention calls of this VSA-trained model ran dense, without its "
+                     f"gates: expect noise or blur. {_remedy(run)}")
     return lines + _sparsity_advice(trained, sparsity)
 
 

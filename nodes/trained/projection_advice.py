@@ -34,8 +34,8 @@ def advice_after(trained: Trained, ratio: float, query_run: int, feature: str, r
     if without > 0:
         lines.append(f"WARNING: {without} attention calls had no projection: those blocks were not trained with SLA")
     if completed:
-        lines.append(f"{completed} calls of this SLA-trained model ran dense, with its projections: near to its "
-                     "training, and slower")
+        lines.append(f"{completed} attention calls of this SLA-trained model ran dense, with its projections: near to "
+                     "its training, and slower")
     return lines + mismatches(trained, ratio, query_run, feature)
 
 

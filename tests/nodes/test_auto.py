@@ -164,5 +164,5 @@ def test_running_out_of_memory_in_a_sampling_is_an_error_for_who_insists(wan, vs
     def run(*_, **__):
         raise torch.OutOfMemoryError("no room")
     kernel_table(dataclasses.replace(reference.SPEC, name="full", load=lambda: run))
-    with pytest.raises(RuntimeError, match=f"ran out of GPU memory. Use a smaller clip. {advice} such calls dense"):
+    with pytest.raises(RuntimeError, match=f"of GPU memory. Use a smaller clip. {advice} such attention calls dense"):
         draw(vsa(wan, 0.9, **widgets), SIZE)

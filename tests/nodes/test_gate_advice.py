@@ -30,8 +30,8 @@ def test_a_sparsity_other_than_the_trained_one_is_named(wan, gate_file, with_gat
 
 def test_every_dense_call_of_a_trained_model_is_named_after_sampling(gated, vsa, run_of, draw):
     draw(small := vsa(gated, 0.5, min_tokens=10000), GRID)
-    assert any(note.startswith("WARNING: 4 calls of this VSA-trained model ran dense") and "Lower min_tokens" in note
-               for note in run_of(small).said)
+    said = "WARNING: 4 attention calls of this VSA-trained model ran dense"
+    assert any(note.startswith(said) and "Lower min_tokens" in note for note in run_of(small).said)
     draw(late := vsa(gated, 0.5, start_percent=0.9), GRID)
     assert any("Set start_percent to 0" in note for note in run_of(late).said)
 

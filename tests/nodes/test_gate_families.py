@@ -20,7 +20,7 @@ def test_blocks_that_the_gates_were_not_trained_for_are_counted(load_tiny, gate_
     draw(patched, (5, 8, 12))
     run = run_of(patched)
     assert set(run.gated) == set(range(len(net.blocks)))
-    assert any(note.startswith(f"WARNING: {run.sparse_calls - run.gated.total()} sparse calls had no gate")
+    assert any(note.startswith(f"WARNING: {run.sparse_calls - run.gated.total()} sparse attention calls had no gate")
                for note in run.said)
 
 

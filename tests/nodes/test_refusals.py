@@ -131,7 +131,7 @@ def test_a_kernel_that_fails_is_an_error_with_advice_that_helps(wan, vsa, draw, 
     with pytest.raises(RuntimeError) as error:
         draw(vsa(wan, 0.9, **widgets))
     assert str(error.value) == ("the kernel crashing failed in the middle of the sampling: PTX was not understood. "
-                                f"{advice} such calls dense, or bypass this node (Ctrl+B)")
+                                f"{advice} such attention calls dense, or bypass this node (Ctrl+B)")
 
 
 def test_running_out_of_memory_runs_those_calls_dense(wan, vsa, run_of, draw, kernel_table):

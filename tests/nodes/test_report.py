@@ -54,8 +54,8 @@ def test_a_model_that_no_kernel_can_run_is_told_before_the_sampling(wan, shown, 
 
 def test_verbose_adds_a_line_per_layer(wan, draw, shown):
     draw(node(wan, "7", verbose=True))
-    assert "layer 0: dense_blocks 2 calls; together dense" in shown[-1][1]
-    assert "layer 1: sparse 2 calls; together sparse" in shown[-1][1]
+    assert "layer 0: attention calls dense_blocks 2; together dense" in shown[-1][1]
+    assert "layer 1: attention calls sparse 2; together sparse" in shown[-1][1]
 
 
 def test_a_run_without_a_sparse_call_says_so_and_why(wan, draw, shown):
