@@ -28,7 +28,7 @@ FAMILIES = {
 """How a graph's name starts: the family it shows, and a colour."""
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
 EXTRAS = {"4step": "4 steps", "3step": "3 steps", "attach_gates": "gates attached", "720p": "720p",
-          "ltx2": "sound", "minimax": "sound",
+          "long": "20 seconds", "ltx2": "sound", "minimax": "sound",
           "strategy_search": "search a strategy", "strategy_load": "use a strategy"}
 WINDOWS = ((18, 78, 138), (86, 142, 196), (176, 206, 232), (238, 178, 74), (226, 74, 51))
 """Colours of a strategy's windows, small to large."""

@@ -21,6 +21,7 @@ GRAPHS = {
     **{f"hunyuan_video15_t2v_{method}": partial(one_model.hunyuan15_t2v, method=method) for method in METHODS},
     "hunyuan_video15_i2v_vsa": one_model.hunyuan15_i2v,
     **{f"ltx2_t2v_{method}": partial(custom_sampling.ltx2, method=method) for method in METHODS},
+    "ltx2_t2v_long_vsa": partial(custom_sampling.ltx2, method="vsa", long=True),
     "ltx2_i2v_vsa": partial(custom_sampling.ltx2, method="vsa", image=True),
     "minimax_h3_t2v_vsa": custom_sampling.minimax_h3,
 }

@@ -34,9 +34,9 @@ def finish(page, step, c, method, fps, prefix, samples, patched, decoder, text, 
     parts.green(page, (left, max(low, d.bottom + 20)), [patched[0]], text, seen, e.right - c.left - 40)
 
 
-def ltx2(page, method, image=False):
-    """LTX-2: video and audio in one sampling; only the video's self-attention runs sparse."""
-    file, size, fps = "ltx-2-19b-dev-fp8.safetensors", (1280, 768, 121), 25.0
+def ltx2(page, method, image=False, long=False):
+    """LTX-2: video and audio in one sampling; only the video's self-attention runs sparse. long: 20 s, not 5."""
+    file, size, fps = "ltx-2-19b-dev-fp8.safetensors", (1280, 768, 497 if long else 121), 25.0
     loader = page.add("CheckpointLoaderSimple", size=(360, 0), ckpt_name=file)
     audio = page.add("LTXVAudioVAELoader", size=(360, 0), ckpt_name=file)
     words = page.add("LTXAVTextEncoderLoader", size=(360, 0), ckpt_name=file, device="default",
@@ -67,8 +67,11 @@ def ltx2(page, method, image=False):
                        lambda made: page.add("LTXVSeparateAVLatent", size=(260, 0), av_latent=made[0]))
     parted = page.nodes[-1]
     text = about(method, parts.tokens(*size, per_frame=32, per_step=8),
-                 "LTX-2 makes picture and sound together; the sound keeps dense attention.")
-    finish(page, step + 3, c, method, fps, f"ltx2_{'i2v_' if image else ''}{method}", (parted, 0), (patched, made),
+                 "LTX-2 makes picture and sound together; the sound keeps dense attention."
+                 + (" Twenty seconds have four times the tokens of five, and dense attention sixteen times the work: the "
+                    "longer the clip, the more there is to gain." if long else ""))
+    kind = "i2v_" if image else "long_" if long else ""
+    finish(page, step + 3, c, method, fps, f"ltx2_{kind}{method}", (parted, 0), (patched, made),
            loader[2], text, b.left, max(b2.bottom, c.bottom) + 20,
            lambda page: page.add("LTXVAudioVAEDecode", size=(260, 0), samples=parted[1], audio_vae=audio[0]))
     parts.model_links(page, (a.left, a.bottom + 20))
