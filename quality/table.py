@@ -94,6 +94,10 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(r) + " |" for r in [HEAD, ["---"] * len(HEAD), *rows])
 
 
+def _start(case):
+    return "" if case.method in methods.PRESETS else f"{case.dense or 'no'} dense steps"
+
+
 def strips(seeds, cases, paths, path):
     """A picture: for every seed the dense clip, and below it each case's; every second frame."""
     from PIL import Image, ImageDraw
@@ -105,7 +109,7 @@ def strips(seeds, cases, paths, path):
             image = Image.fromarray((torch.cat(list(images), 1) * 255).byte().numpy())
             framed = Image.new("RGB", (image.width + 190, image.height + 4), "white")
             framed.paste(image, (190, 2))
-            ImageDraw.Draw(framed).text((4, 8), f"seed {seed}\n{case.title}\n{case.dense or 'no'} dense steps", "black")
+            ImageDraw.Draw(framed).text((4, 8), f"seed {seed}\n{case.title}\n{_start(case)}", "black")
             rows.append(framed)
     whole = Image.new("RGB", (rows[0].width, sum(r.height for r in rows)), "white")
     for place, image in enumerate(rows):

@@ -68,8 +68,8 @@ def ltx2(page, method, image=False, long=False):
     parted = page.nodes[-1]
     text = about(method, parts.tokens(*size, per_frame=32, per_step=8),
                  "LTX-2 makes picture and sound together; the sound keeps dense attention."
-                 + (" Twenty seconds have four times the tokens of five, and dense attention sixteen times the work: the "
-                    "longer the clip, the more there is to gain." if long else ""))
+                 + (" Twenty seconds have four times the tokens of five, and dense attention sixteen times the work: "
+                    "the longer the clip, the more there is to gain." if long else ""))
     kind = "i2v_" if image else "long_" if long else ""
     finish(page, step + 3, c, method, fps, f"ltx2_{kind}{method}", (parted, 0), (patched, made),
            loader[2], text, b.left, max(b2.bottom, c.bottom) + 20,
