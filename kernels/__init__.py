@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from . import cuda_sm90, far_start, gathered, reference, tile_ops, triton
+from . import cuda_sm90, far_start, gathered, reference, reference_int8, tile_ops, triton
 from .choice import AUTO, choose, refusal
 from .contest import Contest, Span
 from .namespace import NAMESPACE
@@ -23,7 +23,10 @@ __all__ = ["BLOCK", "KERNELS", "AUTO", "PROOFS", "PROVE_COMMAND", "Call", "Conte
            "NoKernel", "Span", "TileGrid", "backend_list", "block_sparse_attention", "choose_kernel", "explain_kernels",
            "listed", "proof_words", "prove_kernels", "select_tiles", "tile_means"]
 
-KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, reference.SPEC)
+KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, triton.INT8_SPEC, reference.SPEC, reference_int8.SPEC)
+PRECISIONS = EXACT, INT8_SCORES = "exact", "int8 scores"
+"""What "auto" may take: kernels that are exact up to the rounding of the model's dtype, or those too whose scores are
+products of 8-bit integers, which then come first."""
 
 
 def explain_kernels(call: Call, auto: bool = False) -> dict[str, str | None]:
@@ -54,8 +57,10 @@ def backend_list(call: Call, backend: str = AUTO, failed: dict[str, str] | None 
 
 
 def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | None = None,
-                  announce: Callable[[str], object] | None = None) -> KernelSpec:
+                  announce: Callable[[str], object] | None = None, precision: str = EXACT) -> KernelSpec:
     """The first kernel that runs `call` and is right on its card, or the one that `backend` names.
+
+    precision: one of PRECISIONS, for "auto".
 
     A kernel that has not been proven on the card is proven now. exclude: kernels not to take, with the reason (one
     that failed earlier in this run).   announce: told a sentence before a proof is made.
@@ -64,12 +69,15 @@ def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | Non
     names = [spec.name for spec in KERNELS]
     if backend != AUTO and backend not in names:
         raise ValueError(f"unknown kernel {backend!r}: wanted {AUTO!r} or one of {', '.join(names)}")
-    return choose(KERNELS, call, PROOFS, backend, exclude, announce)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: wanted {' or '.join(PRECISIONS)}")
+    return choose(KERNELS, call, PROOFS, backend, exclude, announce, precision == INT8_SCORES)
 
 
-def prove_kernels(call: Call, backend: str = AUTO, announce: Callable[[str], object] | None = None) -> KernelSpec:
+def prove_kernels(call: Call, backend: str = AUTO, announce: Callable[[str], object] | None = None,
+                  precision: str = EXACT) -> KernelSpec:
     """`choose_kernel`, and the kernels of tile means and selections that will run beside it are proven as well."""
-    spec = choose_kernel(call, backend, announce=announce)
+    spec = choose_kernel(call, backend, announce=announce, precision=precision)
     tile_ops.prove_beside(spec.name, call, announce)
     return spec
 

@@ -9,10 +9,15 @@ from .spec import Call, KernelSpec, NoKernel
 AUTO = "auto"
 
 
-def refusal(spec: KernelSpec, call: Call, proofs: Proofs, auto: bool) -> str | None:
-    """Why `spec` is not taken for `call`, as far as is known without running anything, or None."""
+def refusal(spec: KernelSpec, call: Call, proofs: Proofs, auto: bool, rounds: bool = False) -> str | None:
+    """Why `spec` is not taken for `call`, as far as is known without running anything, or None.
+
+    rounds: whether `auto` may take a kernel that is not exact.
+    """
     if reason := spec.refusal(call, auto):
         return reason
+    if auto and not spec.exact and not rounds:
+        return "it rounds scores to 8 bits: set precision to int8 scores to have it"
     if not spec.files:
         return None
     proof = proofs.known(spec, call)
@@ -25,17 +30,19 @@ def refusal(spec: KernelSpec, call: Call, proofs: Proofs, auto: bool) -> str | N
 
 
 def choose(table: Sequence[KernelSpec], call: Call, proofs: Proofs, backend: str = AUTO,
-           exclude: dict[str, str] | None = None, announce: Callable[[str], object] | None = None) -> KernelSpec:
+           exclude: dict[str, str] | None = None, announce: Callable[[str], object] | None = None,
+           rounds: bool = False) -> KernelSpec:
     """The first kernel of `table` that is right for `call`, or the one that `backend` names; proven now if need be.
 
     exclude: kernels not to take, with the reason (one that failed earlier in this run).
+    rounds: whether "auto" takes kernels that are not exact, and before those that are.
     Raises NoKernel with every reason when none can run, torch.OutOfMemoryError where there is no room for a proof.
     """
     reasons = {}
-    for spec in table:
+    for spec in sorted(table, key=lambda spec: spec.exact) if rounds else table:
         if backend not in (AUTO, spec.name):
             continue
-        reason = (exclude or {}).get(spec.name) or refusal(spec, call, proofs, auto=backend == AUTO)
+        reason = (exclude or {}).get(spec.name) or refusal(spec, call, proofs, backend == AUTO, rounds)
         if reason is None and spec.files and call.device is not None:
             proof = proofs.prove(spec, call, announce)
             reason = None if proof.passed else f"on this {call.card} it {words(proof)}"

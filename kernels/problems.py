@@ -142,7 +142,7 @@ class AttentionProblem:
         named |= {name: guard.tensor for name, guard in guarded.items()}
         doubled = {name: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x
                    for name, x in named.items()}
-        wanted = reference.run(**doubled | dict(return_lse=True))
+        wanted = (spec.specification or reference.run)(**doubled | dict(return_lse=True))
         return Prepared(self, spec, call, named, guarded, blocks.to(device), wanted)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import gathered, tile_grid
+from .. import gathered, reference_int8, tile_grid
 from ..spec import KernelSpec
 from .install import advice, too_old
 
@@ -24,6 +24,11 @@ def _missing() -> str | None:
 
 def _load():
     from .block_sparse import run
+    return run
+
+
+def _load_int8():
+    from .int8_scores import run
     return run
 
 
@@ -53,6 +58,8 @@ SPEC = KernelSpec(
     gathers=lambda grid: True,
 )
 
+INT8_SPEC = replace(SPEC, name="triton_int8", load=_load_int8, exact=False, specification=reference_int8.run,
+                    files=(*SPEC.files, HERE / "int8_scores.py"))
 MEANS_SPEC = replace(SPEC, name="triton_tile_means", proves="tile means", load=_load_means,
                      files=(HERE / "tile_means.py",))
 SELECT_SPEC = replace(SPEC, name="triton_select_tiles", proves="tile selection", load=_load_select,

@@ -26,6 +26,12 @@ def _product(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def integers(x):
+    """Rounded half away from zero, as int8: for |x| below 127.5."""
+    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8)
+
+
+@triton.jit
 def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
     """The key block at a place of the list, where there is one. A dense query block's list names every block."""
     if GATHER:
@@ -40,16 +46,17 @@ def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
     "INDICES", "COUNTS", "SIZES", "TOKEN_ROWS", "COARSE", "FAR", "FAR_LSE",
     "stride_ib", "stride_ih", "stride_iq", "stride_ik", "stride_cb", "stride_ch", "stride_cq",
     "stride_mb", "stride_mh", "stride_mn", "lists", "tokens", "tiles", "blocks_per_tile",
-    "stride_fb", "stride_fh", "stride_fn", "stride_lb", "stride_lh", "stride_ln", "far_tiles",
+    "stride_fb", "stride_fh", "stride_fn", "stride_lb", "stride_lh", "stride_ln", "far_tiles", "key_blocks",
 ])
 def block_sparse_forward(
-    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, FAR, FAR_LSE, scale_log2e,
+    Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, FAR, FAR_LSE, KEY_SCALES, KEY_MEAN,
+    scale_log2e,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ib, stride_ih, stride_iq, stride_ik, stride_cb, stride_ch, stride_cq,
     stride_gb, stride_gs, stride_gh, stride_mb, stride_mh, stride_mn, lists, tokens, tiles, blocks_per_tile,
-    stride_fb, stride_fh, stride_fn, stride_lb, stride_lh, stride_ln, far_tiles,
+    stride_fb, stride_fh, stride_fn, stride_lb, stride_lh, stride_ln, far_tiles, key_blocks,
     D: tl.constexpr, BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr, GATHER: tl.constexpr, COMBINE: tl.constexpr,
-    START: tl.constexpr, INTERPRET: tl.constexpr,
+    START: tl.constexpr, INT8: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """Writes OUT [B, Sq, H, D] and LSE [B, H, Sq], both contiguous; launched over (Sq / 64, H, B).
 
@@ -57,6 +64,8 @@ def block_sparse_forward(
     launched over (slots / 64, H, B). The first `lists` query blocks have a list, those behind them are dense.
     COMBINE: adds GATE times the row of COARSE [B, H, tiles, D] that belongs to the query block.
     START: the softmax starts from the query block's row of FAR [B, H, far_tiles, D] and FAR_LSE [B, H, far_tiles].
+    INT8: K holds the integers of `int8_scores.py`, in the order of the slots, KEY_SCALES [B, H, key_blocks] their
+    scales and KEY_MEAN [B, H, D] what was taken off; queries become integers here, with a scale per row.
 
     Head-major order: programs that run together share one head's keys and values, so these stay in the L2 cache.
     head_dim 128 goes through in two panels of 64: for a [64, 128] product Triton spreads the warps of an
@@ -89,6 +98,24 @@ def block_sparse_forward(
         q_low = tl.load(q)
         if D > PANEL:
             q_high = tl.load(q + PANEL)
+    if INT8:
+        wide = q_low.to(tl.float32)
+        mean = KEY_MEAN + (batch * tl.num_programs(1) + head) * D + dim
+        largest = tl.max(tl.abs(wide), 1)
+        odd = tl.sum(wide * 0.0, 1)                        # NaN where the row holds NaN or infinity: it stays there
+        shared = tl.sum(wide * tl.load(mean)[None, :], 1)  # the part of a score that all keys of the row share
+        if D > PANEL:
+            wide_high = q_high.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(wide_high), 1))
+            odd += tl.sum(wide_high * 0.0, 1)
+            shared += tl.sum(wide_high * tl.load(mean + PANEL)[None, :], 1)
+        row_scale = largest / 127.0 + 1e-7 + odd
+        q_low = integers(wide / row_scale[:, None])
+        if D > PANEL:
+            q_high = integers(wide_high / row_scale[:, None])
+        row_scale *= scale_log2e
+        shared *= scale_log2e
+        key_scales = KEY_SCALES + (batch * tl.num_programs(1) + head) * key_blocks
     k_head = K + batch * stride_kb + head * stride_kh
     v_head = V + batch * stride_vb + head * stride_vh
     k_offset = slot[None, :] * stride_ks + dim[:, None]
@@ -111,6 +138,8 @@ def block_sparse_forward(
         seen = FAR_LSE + batch * stride_lb + head * stride_lh + (far_tile + tl.zeros([BLOCK], tl.int64)) * stride_ln
         peak = tl.load(seen, mask=far_tile + tl.zeros([BLOCK], tl.int64) < far_tiles, other=float("-inf"))
         peak = peak * 1.4426950408889634
+        if INT8:
+            peak -= shared
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         seen = FAR_LSE + batch * stride_lb + head * stride_lh + (far_tile + tl.zeros([PANEL], tl.int64)) * stride_ln
         has_far = far_tile + tl.zeros([PANEL], tl.int64) < far_tiles
@@ -121,6 +150,9 @@ def block_sparse_forward(
             acc_high += tl.load(far + PANEL, mask=has_far, other=0.0)[None, :]
     block = _listed_block(listed, stride_ik, 0, count, dense, GATHER)
     size = tl.load(SIZES + block, mask=count > 0, other=0)
+    if INT8:
+        key_scale = tl.load(key_scales + block, mask=count > 0, other=0.0)
+        k_block = block
     if GATHER:
         kv_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
         block = _listed_block(listed, stride_ik, 1, count, dense, GATHER)
@@ -131,21 +163,35 @@ def block_sparse_forward(
             next_size = tl.load(SIZES + block, mask=place + 1 < count, other=0)
             next_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
             next_block = _listed_block(listed, stride_ik, place + 2, count, dense, GATHER)
-            k = k_head + kv_row.to(tl.int64)[None, :] * stride_ks + dim[:, None]
+            if INT8:
+                k = k_head + k_block * BLOCK * stride_ks + k_offset
+                next_scale = tl.load(key_scales + block, mask=place + 1 < count, other=0.0)
+                k_block = block
+            else:
+                k = k_head + kv_row.to(tl.int64)[None, :] * stride_ks + dim[:, None]
             v = v_head + kv_row.to(tl.int64)[:, None] * stride_vs + dim[None, :]
         else:
             next_block = _listed_block(listed, stride_ik, place + 1, count, dense, GATHER)
             next_size = tl.load(SIZES + next_block, mask=place + 1 < count, other=0)
             k = k_head + block * BLOCK * stride_ks + k_offset
             v = v_head + block * BLOCK * stride_vs + v_offset
+            if INT8:
+                next_scale = tl.load(key_scales + next_block, mask=place + 1 < count, other=0.0)
 
         # Padding slots may hold NaN, which neither -inf in a score nor 0 in a weight would remove: read them as 0.
-        k_low = tl.load(k, mask=slot[None, :] < size, other=0.0)
-        scores = _product(q_low, k_low, tl.zeros([BLOCK, BLOCK], tl.float32), INTERPRET)
-        if D > PANEL:
-            k_high = tl.load(k + PANEL, mask=slot[None, :] < size, other=0.0)
-            scores = _product(q_high, k_high, scores, INTERPRET)
-        scores = scores * scale_log2e + tl.where(slot < size, 0.0, float("-inf"))[None, :]
+        if INT8:
+            products = tl.dot(q_low, tl.load(k), out_dtype=tl.int32)                # integers hold 0 there
+            if D > PANEL:
+                products = tl.dot(q_high, tl.load(k + PANEL), products, out_dtype=tl.int32)
+            scores = products.to(tl.float32) * (row_scale * key_scale)[:, None]
+            scores += tl.where(slot < size, 0.0, float("-inf"))[None, :]
+        else:
+            k_low = tl.load(k, mask=slot[None, :] < size, other=0.0)
+            scores = _product(q_low, k_low, tl.zeros([BLOCK, BLOCK], tl.float32), INTERPRET)
+            if D > PANEL:
+                k_high = tl.load(k + PANEL, mask=slot[None, :] < size, other=0.0)
+                scores = _product(q_high, k_high, scores, INTERPRET)
+            scores = scores * scale_log2e + tl.where(slot < size, 0.0, float("-inf"))[None, :]
 
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # While a row has seen no key its peak is -inf, and -inf - -inf is NaN.
@@ -165,6 +211,8 @@ def block_sparse_forward(
         size = next_size
         if GATHER:
             kv_row = next_row
+        if INT8:
+            key_scale = next_scale
 
     heads = tl.num_programs(1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -193,6 +241,8 @@ def block_sparse_forward(
         tl.store(out + PANEL, out_high.to(OUT.dtype.element_ty), mask=is_row[:, None])
     if RETURN_LSE:
         lse = LSE + (batch * heads + head) * tokens + (q_row if GATHER else row * BLOCK + slot)
+        if INT8:
+            peak += shared
         tl.store(lse, (peak + tl.log2(total)) * 0.6931471805599453, mask=is_row)
 
 
@@ -203,10 +253,11 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
         blocks_per_tile=1, tile_grid=None, far=None, far_lse=None, *, out=None, lse=None,
-        config: Config | None = None):
+        config: Config | None = None, int8: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None):
     """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none.
 
     config: launch options to measure, taken as they are, in place of the table's for this card.
+    int8: integers, scales and mean of the keys as `int8_scores.quantise` makes them; k is not read then.
     """
     batch, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -219,16 +270,17 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
         config = config if PIPELINES else config._replace(num_stages=1)
     slots = tokens if token_rows is None else token_rows.numel()
     none = (0, 0, 0)
+    k, key_scales, key_mean = (k, None, None) if int8 is None else int8
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         block_sparse_forward[(slots // BLOCK, heads, batch)](
             q, k, v, out, lse, indices, counts, block_sizes, token_rows, gate, coarse, far, far_lse,
-            scale * math.log2(math.e),
+            key_scales, key_mean, scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride(), *counts.stride(),
             *(none if gate is None else gate.stride()[:3]), *(none if coarse is None else coarse.stride()[:3]),
             indices.shape[2], tokens, 0 if coarse is None else coarse.shape[2], blocks_per_tile,
             *(none if far is None else far.stride()[:3]), *(none if far is None else far_lse.stride()),
-            0 if far is None else far.shape[2],
+            0 if far is None else far.shape[2], block_sizes.numel(),
             D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, GATHER=token_rows is not None, COMBINE=gate is not None,
-            START=far is not None, INTERPRET=INTERPRET, **config._asdict(),
+            START=far is not None, INT8=int8 is not None, INTERPRET=INTERPRET, **config._asdict(),
         )
     return out, lse
