@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict] | None] = {
     "VSA 0.8": (VSA, {"sparsity": 0.8}),
     "VSA 0.9": (VSA, {"sparsity": 0.9}),
     "VSA 0.9, triton": (VSA, {"sparsity": 0.9, "backend": "triton"}),
+    "VSA 0.9, int8 scores": (VSA, {"sparsity": 0.9, "precision": "int8 scores"}),
     "VSA 0.9, far field": (VSA, {"sparsity": 0.9, "far_field": "on"}),
     "VSA 0.8, attention mass 0.9": (VSA, {"sparsity": 0.8, "attention_mass": 0.9}),
     "STA, default window": (STA, {}),

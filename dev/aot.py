@@ -29,17 +29,20 @@ from load_pack import load_pack
 os.environ.pop("TRITON_INTERPRET", None)
 
 POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "TOKEN_ROWS": "i32", "COARSE": "fp32",
-            "FAR": "fp32", "FAR_LSE": "fp32",
+            "FAR": "fp32", "FAR_LSE": "fp32", "KEY_SCALES": "fp32", "KEY_MEAN": "fp32", "SUMS": "fp32",
+            "INTEGERS": "i8",
             "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
             **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
 """What a pointer points to; None: the dtype of the row."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
-           "HMMA", "HGMMA")
+           "HMMA", "HGMMA", "IMMA")
 ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
-                      "gather combine far lse"),
+                      "gather combine far lse", "int8 gather", "int8 gather far",
+                      "int8 gather combine", "int8 gather combine far lse"),
              "fp16": ("lse", "gather lse", "gather combine far lse")}
+MOST = "gather combine far lse", "int8 gather combine far lse"
 """Variants of the attention kernel: with and without LSE, tokens in place, a softmax that has begun, and the coarse
 branch in the epilogue: what the pack launches, and what holds most. In fp16, whose code differs in the name of a type,
 only those that hold most."""
@@ -72,6 +75,8 @@ def entries(card):
         for dtype in ("bf16", "fp16"):
             yield from ((card, "block_sparse_forward", dim, dtype, variant) for variant in ATTENTION[dtype])
             yield card, "tile_means_forward", dim, dtype, ""
+            yield card, "sum_keys", dim, dtype, ""
+            yield card, "quantise_keys", dim, dtype, ""
         yield card, "score_tiles", dim, "fp32", ""
     yield from ((card, "select_rows", length, "fp32", "") for length in ROWS)
 
@@ -80,7 +85,7 @@ def fewer_entries(card):
     """Of `entries` those that `--fewer` compiles."""
     for entry in entries(card):
         _, kernel, size, dtype, variant = entry
-        most = variant == ATTENTION["bf16"][-1] if kernel == "block_sparse_forward" else size in (128, ROWS[-1])
+        most = variant in MOST if kernel == "block_sparse_forward" else size in (128, ROWS[-1])
         if dtype != "fp16" and (most or card in EVERY_VARIANT) or card in EVERY_VARIANT and most and size == 128:
             yield entry
 
@@ -89,7 +94,7 @@ def candidates(card):
     """What `--candidates` compiles for a card: an entry, and in its last place the launch options to try."""
     from pack.kernels.triton.configs import CANDIDATES
     for dim in (64, 128):
-        yield from ((card, "block_sparse_forward", dim, "bf16", ATTENTION["bf16"][-1], config._asdict())
+        yield from ((card, "block_sparse_forward", dim, "bf16", MOST[0], config._asdict())
                     for config in CANDIDATES)
 
 
@@ -97,9 +102,12 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
     """(function, constants, launch options) of one entry, as the pack launches it. options: the attention's instead."""
     import torch
 
-    from pack.kernels.triton import block_sparse, select_tiles, tile_means
-    from pack.kernels.triton.configs import config_for
+    from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means
+    from pack.kernels.triton.configs import config_for, int8_config_for
 
+    if kernel in ("sum_keys", "quantise_keys"):
+        return getattr(int8_scores, kernel), {"D": size, "BLOCK": 64, "GATHER": True}, {
+            "num_warps": int8_scores.NUM_WARPS}
     if kernel == "tile_means_forward":
         return tile_means.tile_means_forward, {"D": size, "BLOCK": 64, "PARTS": 3}, {"num_warps": tile_means.NUM_WARPS}
     if kernel == "score_tiles":
@@ -109,13 +117,14 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
     if kernel == "select_rows":
         options = select_tiles.row_options(size)
         return select_tiles.select_rows, {"ROW": options.pop("ROW")}, options
-    gather, combine, far, lse = (word in variant for word in ("gather", "combine", "far", "lse"))
+    gather, combine, far, lse, int8 = (word in variant for word in ("gather", "combine", "far", "lse", "int8"))
     constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "START": far,
-                 "INTERPRET": False}
+                 "INT8": int8, "INTERPRET": False}
     absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine,
-              "FAR": not far, "FAR_LSE": not far}
+              "FAR": not far, "FAR_LSE": not far, "KEY_SCALES": not int8, "KEY_MEAN": not int8}
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
-    options = options or config_for(capability, size, getattr(torch, DTYPES[dtype]))._asdict()
+    choose = int8_config_for if int8 else config_for
+    options = options or choose(capability, size, getattr(torch, DTYPES[dtype]))._asdict()
     return block_sparse.block_sparse_forward, constants, options
 
 
@@ -133,7 +142,8 @@ def compile_row(capability, kernel_name, size, dtype, variant, options=None):
             signature[parameter.name] = "constexpr"
             continue
         if parameter.name in POINTERS:
-            signature[parameter.name] = "*" + (POINTERS[parameter.name] or dtype)
+            holds = "i8" if parameter.name == "K" and "int8" in variant else POINTERS[parameter.name] or dtype
+            signature[parameter.name] = f"*{holds}"
         else:
             signature[parameter.name] = "fp32" if parameter.name in FLOATS else "i32"
         if not parameter.do_not_specialize and signature[parameter.name] != "fp32":
@@ -145,7 +155,8 @@ def compile_row(capability, kernel_name, size, dtype, variant, options=None):
     shared, warps = built.metadata.shared, options["num_warps"]
     values = (kernel_name, name(capability), size, dtype, variant, warps, built.metadata.num_stages, registers, spilled,
               shared / 1024, programs_per_sm(capability, registers, shared, warps),
-              len(re.findall(r"\bHMMA\b", sass)), len(re.findall(r"\bHGMMA\b", sass)))
+              len(re.findall(r"\bHMMA\b", sass)), len(re.findall(r"\bHGMMA\b", sass)),
+              len(re.findall(r"\bI(?:G?)MMA\b", sass)))
     return dict(zip(COLUMNS, values, strict=True))
 
 
@@ -182,6 +193,8 @@ def faults(row):
         yield f"{where}: {row['shared KB']:.0f} KB of shared memory, the card has {card.shared_kb}"
     if row["kernel"] == "block_sparse_forward" and not row["HGMMA" if row["arch"] == "sm_90" else "HMMA"]:
         yield f"{where}: no tensor-core instructions"
+    if row["kernel"] == "block_sparse_forward" and ("int8" in row["variant"]) != (row["IMMA"] > 0):
+        yield f"{where}: {row['IMMA']} integer tensor-core instructions"
 
 
 def note(entry, row):

@@ -19,11 +19,13 @@ from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel, listed
 from .tile_grid import TileGrid
 from .tile_ops import select_tiles, tile_means
 
-__all__ = ["BLOCK", "KERNELS", "AUTO", "PROOFS", "PROVE_COMMAND", "Call", "Contest", "KernelSpec", "KernelUnusable",
-           "NoKernel", "Span", "TileGrid", "backend_list", "block_sparse_attention", "choose_kernel", "explain_kernels",
-           "listed", "proof_words", "prove_kernels", "select_tiles", "tile_means"]
+__all__ = ["BLOCK", "KERNELS", "AUTO", "EXACT", "INT8_KERNELS", "INT8_SCORES", "PRECISIONS", "PROOFS", "PROVE_COMMAND",
+           "Call", "Contest", "KernelSpec", "KernelUnusable", "NoKernel", "Span", "TileGrid", "backend_list",
+           "block_sparse_attention", "choose_kernel", "explain_kernels", "listed", "proof_words", "prove_kernels",
+           "select_tiles", "tile_means"]
 
-KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, triton.INT8_SPEC, reference.SPEC, reference_int8.SPEC)
+KERNELS: tuple[KernelSpec, ...] = (cuda_sm90.SPEC, triton.SPEC, triton.INT8_SPEC, reference_int8.SPEC, reference.SPEC)
+INT8_KERNELS = tuple(spec.name for spec in KERNELS if not spec.exact)
 PRECISIONS = EXACT, INT8_SCORES = "exact", "int8 scores"
 """What "auto" may take: kernels that are exact up to the rounding of the model's dtype, or those too whose scores are
 products of 8-bit integers, which then come first."""
@@ -41,15 +43,19 @@ def proof_words(name: str, call: Call) -> str:
     return "" if found is None else f"{words(found)} on this {call.card}, {found.date}"
 
 
-def backend_list(call: Call, backend: str = AUTO, failed: dict[str, str] | None = None) -> list[str]:
+def backend_list(call: Call, backend: str = AUTO, failed: dict[str, str] | None = None,
+                 precision: str = EXACT) -> list[str]:
     """One line per kernel in the order of preference: that it can run `call` or why not, what it has shown on this
     card, and where its code came from.
 
     backend: what the user chose; a named kernel may run where "auto" passes over it.   failed: as `choose_kernel`'s.
+    precision: kernels that are not exact are listed where it asks for them, or one is named.
     """
-    lines = []
+    lines, rounds = [], precision == INT8_SCORES
     for spec in KERNELS:
-        reason = (failed or {}).get(spec.name) or refusal(spec, call, PROOFS, auto=spec.name != backend)
+        if not (spec.exact or rounds or spec.name == backend):
+            continue
+        reason = (failed or {}).get(spec.name) or refusal(spec, call, PROOFS, spec.name != backend, rounds)
         facts = [fact for fact in ("" if reason else proof_words(spec.name, call), spec.origin()) if fact]
         known = f" ({'; '.join(facts)})" if facts else ""
         lines.append(f"{spec.name}: {reason or 'can run'}{known}")

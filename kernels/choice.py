@@ -40,7 +40,7 @@ def choose(table: Sequence[KernelSpec], call: Call, proofs: Proofs, backend: str
     """
     reasons = {}
     for spec in sorted(table, key=lambda spec: spec.exact) if rounds else table:
-        if backend not in (AUTO, spec.name):
+        if backend not in (AUTO, spec.name) or backend == AUTO and not (spec.exact or rounds):
             continue
         reason = (exclude or {}).get(spec.name) or refusal(spec, call, proofs, backend == AUTO, rounds)
         if reason is None and spec.files and call.device is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import gathered, reference
+from . import gathered, reference, reference_int8
 from .guarded import Guarded
 from .spec import BLOCK, Call, KernelSpec
 from .tile_grid import TileGrid
@@ -135,14 +135,15 @@ class AttentionProblem:
         return indices, counts
 
     def prepare(self, spec: KernelSpec, call: Call, device: torch.device, multiprocessors: int) -> Prepared:
-        """The problem on a device, with the answer that the reference gives in float64."""
+        """The problem on a device, with the answer that its specification gives in float64."""
         named = self.tensors(call, multiprocessors)
         blocks = named.pop("blocks")
         guarded = {name: Guarded(x, device) for name, x in named.items() if isinstance(x, Tensor)}
         named |= {name: guard.tensor for name, guard in guarded.items()}
         doubled = {name: x.double() if isinstance(x, Tensor) and x.dtype.is_floating_point else x
                    for name, x in named.items()}
-        wanted = (spec.specification or reference.run)(**doubled | dict(return_lse=True))
+        specification = reference if spec.exact else reference_int8
+        wanted = specification.run(**doubled | dict(return_lse=True))
         return Prepared(self, spec, call, named, guarded, blocks.to(device), wanted)
 
 

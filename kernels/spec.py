@@ -99,8 +99,6 @@ class KernelSpec:
     """Where the code that ran came from, and why an earlier source of it was skipped; empty before the first use."""
     exact: bool = True
     """Whether it computes attention up to the rounding of its dtype. "auto" takes no other unless it is asked to."""
-    specification: Callable | None = None
-    """`run` of what it has to agree with in float64, where that is not `reference`."""
     gathers: Callable[[TileGrid | None], bool] = field(default=lambda grid: False)
     """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 

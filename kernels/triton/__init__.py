@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import gathered, reference_int8, tile_grid
+from .. import gathered, tile_grid
 from ..spec import KernelSpec
 from .install import advice, too_old
 
@@ -58,7 +58,7 @@ SPEC = KernelSpec(
     gathers=lambda grid: True,
 )
 
-INT8_SPEC = replace(SPEC, name="triton_int8", load=_load_int8, exact=False, specification=reference_int8.run,
+INT8_SPEC = replace(SPEC, name="triton_int8", load=_load_int8, exact=False,
                     files=(*SPEC.files, HERE / "int8_scores.py"))
 MEANS_SPEC = replace(SPEC, name="triton_tile_means", proves="tile means", load=_load_means,
                      files=(HERE / "tile_means.py",))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..spec import BLOCK, Call
-from .configs import Config, config_for
+from .configs import Config, config_for, int8_config_for
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def block_sparse_forward(
     launched over (slots / 64, H, B). The first `lists` query blocks have a list, those behind them are dense.
     COMBINE: adds GATE times the row of COARSE [B, H, tiles, D] that belongs to the query block.
     START: the softmax starts from the query block's row of FAR [B, H, far_tiles, D] and FAR_LSE [B, H, far_tiles].
-    INT8: K holds the integers of `int8_scores.py`, in the order of the slots, KEY_SCALES [B, H, key_blocks] their
+    INT8: K holds the integers of `int8_scores.py`, in the order of the keys, KEY_SCALES [B, H, key_blocks] their
     scales and KEY_MEAN [B, H, D] what was taken off; queries become integers here, with a scale per row.
 
     Head-major order: programs that run together share one head's keys and values, so these stay in the L2 cache.
@@ -152,7 +152,6 @@ def block_sparse_forward(
     size = tl.load(SIZES + block, mask=count > 0, other=0)
     if INT8:
         key_scale = tl.load(key_scales + block, mask=count > 0, other=0.0)
-        k_block = block
     if GATHER:
         kv_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
         block = _listed_block(listed, stride_ik, 1, count, dense, GATHER)
@@ -164,11 +163,8 @@ def block_sparse_forward(
             next_row = tl.load(TOKEN_ROWS + block * BLOCK + slot)
             next_block = _listed_block(listed, stride_ik, place + 2, count, dense, GATHER)
             if INT8:
-                k = k_head + k_block * BLOCK * stride_ks + k_offset
                 next_scale = tl.load(key_scales + block, mask=place + 1 < count, other=0.0)
-                k_block = block
-            else:
-                k = k_head + kv_row.to(tl.int64)[None, :] * stride_ks + dim[:, None]
+            k = k_head + kv_row.to(tl.int64)[None, :] * stride_ks + dim[:, None]
             v = v_head + kv_row.to(tl.int64)[:, None] * stride_vs + dim[None, :]
         else:
             next_block = _listed_block(listed, stride_ik, place + 1, count, dense, GATHER)
@@ -179,17 +175,18 @@ def block_sparse_forward(
                 next_scale = tl.load(key_scales + next_block, mask=place + 1 < count, other=0.0)
 
         # Padding slots may hold NaN, which neither -inf in a score nor 0 in a weight would remove: read them as 0.
+        k_low = tl.load(k, mask=slot[None, :] < size, other=0)
         if INT8:
-            products = tl.dot(q_low, tl.load(k), out_dtype=tl.int32)                # integers hold 0 there
+            products = tl.dot(q_low, k_low, out_dtype=tl.int32)
             if D > PANEL:
-                products = tl.dot(q_high, tl.load(k + PANEL), products, out_dtype=tl.int32)
+                k_high = tl.load(k + PANEL, mask=slot[None, :] < size, other=0)
+                products = tl.dot(q_high, k_high, products, out_dtype=tl.int32)
             scores = products.to(tl.float32) * (row_scale * key_scale)[:, None]
             scores += tl.where(slot < size, 0.0, float("-inf"))[None, :]
         else:
-            k_low = tl.load(k, mask=slot[None, :] < size, other=0.0)
             scores = _product(q_low, k_low, tl.zeros([BLOCK, BLOCK], tl.float32), INTERPRET)
             if D > PANEL:
-                k_high = tl.load(k + PANEL, mask=slot[None, :] < size, other=0.0)
+                k_high = tl.load(k + PANEL, mask=slot[None, :] < size, other=0)
                 scores = _product(q_high, k_high, scores, INTERPRET)
             scores = scores * scale_log2e + tl.where(slot < size, 0.0, float("-inf"))[None, :]
 
@@ -214,6 +211,10 @@ def block_sparse_forward(
         if INT8:
             key_scale = next_scale
 
+    if INT8 and GATHER:
+        # Read once more: kept since the beginning, they would take registers that the loop needs.
+        q_row = tl.load(TOKEN_ROWS + row * BLOCK + slot, volatile=True).to(tl.int64)
+        is_row = q_row >= 0
     heads = tl.num_programs(1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
     out_low = acc_low * inverse
@@ -266,7 +267,7 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
     if out.numel() == 0:
         return out, lse
     if config is None:
-        config = config_for(Call.of(q).capability, dim, q.dtype)
+        config = (config_for if int8 is None else int8_config_for)(Call.of(q).capability, dim, q.dtype)
         config = config if PIPELINES else config._replace(num_stages=1)
     slots = tokens if token_rows is None else token_rows.numel()
     none = (0, 0, 0)

@@ -26,6 +26,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # On every card but 9.0 registers allow two programs of 4 warps with any number of stages, so that 1 stage holds no
 # more of them, and one program of 8 warps. At head_dim 128, 99 KB of shared memory (8.6, 8.9, 12.0) hold two with
 # 2 stages (48 KB each), one with 3, which spills on 8.6 and 8.9, and none with 4.
+# With integer scores the same holds: 32 KB with 2 stages at head_dim 128, and 56 KB with 3, of which 99 KB hold one.
 # On 9.0 registers allow two programs at head_dim 128 and three at 64. Without token rows it is four at 64, which with
 # 3 stages fill shared memory to the last byte, and three at 128, but with 1 stage only: 1 stage is 1.5 times slower.
 CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
@@ -70,3 +71,12 @@ def config_for(capability: tuple[int, int] | None, head_dim: int, dtype: torch.d
     kin = [card for card, dim, kind in CONFIGS
            if card[0] == capability[0] and card <= capability and (dim, kind) == (head_dim, dtype)]
     return CONFIGS[max(kin), head_dim, dtype] if kin else DEFAULT
+
+
+def int8_config_for(capability: tuple[int, int] | None, head_dim: int, dtype: torch.dtype) -> Config:
+    """The same with integer scores. On 8.0 a third stage spills at head_dim 128.
+
+    Tokens in place with the LSE and nothing else, which no node asks for, spill 8 to 32 bytes at head_dim 128.
+    """
+    config = config_for(capability, head_dim, dtype)
+    return config._replace(num_stages=2) if capability == (8, 0) and head_dim == 128 else config

@@ -89,7 +89,8 @@ def _text(runs) -> str:
     prompt = executing()[0]
     if prompt is not None and all(run.prompt != prompt for _, run in runs):
         texts.append(f"- {FROM_CACHE}")
-    texts += dict.fromkeys(kernel_text(run, hook.settings.backend) for hook, run in runs if run.asked)
+    texts += dict.fromkeys(kernel_text(run, hook.settings.backend, hook.settings.precision)
+                           for hook, run in runs if run.asked)
     return "\n".join(texts)
 
 

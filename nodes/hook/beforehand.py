@@ -30,7 +30,7 @@ def prove_kernels(model, family: VideoFamily, settings: Settings, node_id: str |
     if call.device_type == "cuda":
         comfy.model_management.free_memory(PROOF_BYTES, model.load_device)
     try:
-        kernels.prove_kernels(call, settings.backend, lambda text: show_under_node(text, node_id))
+        kernels.prove_kernels(call, settings.backend, lambda text: show_under_node(text, node_id), settings.precision)
     except kernels.NoKernel as error:
         text = no_kernel_text(error, call, settings.backend)
         if settings.insists:

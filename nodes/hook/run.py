@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels import AUTO, Call, Contest, Span
 from ...vsa_core.grid import TokenGrid
 from .closeness import Closeness
+from .rounding import Rounding
 
 SPARSE, DENSE, OTHER, PROBE, MEASURE = "sparse", "dense", "other", "probe", "measure"
 """Kinds of attention calls: video self-attention run sparse, the same run dense, everything else, sparse calls run
@@ -87,6 +88,7 @@ class Run:
         self.steps = 0
         self.sampled_step = -1
         self.closeness = Closeness()
+        self.rounding = Rounding()
         self._not_finite: list[Tensor] = []
         self._spans: list[tuple[str, Any, Span]] = []
         self._calls_ms: dict[str, list[float]] | None = None
@@ -142,6 +144,7 @@ class Run:
             self.warn("NaN or infinity came in with q, k or v: the model's activations were broken before attention")
         self._not_finite.clear()
         self.closeness.finish()
+        self.rounding.finish()
         self.plans.clear()
         for record in self.records.values():
             record.densities = [x.cpu() for x in record.densities]
@@ -187,7 +190,7 @@ class Run:
             "gated_calls": self.gated.total(), "dense_calls": dict(self.dense), "other_calls": dict(self.other),
             "sparse_ms": self.milliseconds(SPARSE), "dense_ms": self.milliseconds(DENSE),
             "other_ms": self.milliseconds(OTHER), "dense_probes": self.probes,
-            **self.closeness.numbers(), "measured_ms": self.milliseconds(MEASURE),
+            "int8_errors": self.rounding.errors, **self.closeness.numbers(), "measured_ms": self.milliseconds(MEASURE),
             "sparse_ms_per_call": self.median_ms(SPARSE),
             "dense_ms_per_call": self.median_ms(DENSE), "seconds": self.seconds,
             "dense_seconds": self.dense_seconds(), "notes": self.said}

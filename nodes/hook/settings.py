@@ -24,6 +24,8 @@ class Settings:
     min_tokens: int = 0
     strict: bool = False
     verbose: bool = False
+    precision: str = kernels.EXACT
+    """What "auto" among kernels may take, one of `kernels.PRECISIONS`."""
     few_steps: bool = False
     """Whether at most the first step of a schedule of up to FEW_STEPS stays dense at the start."""
     said: str = ""
@@ -71,13 +73,25 @@ def settings_inputs() -> list:
     ]
 
 
+def precision_input():
+    """A shared widget that came later: nodes have it last. `read_settings` takes it too."""
+    return io.Combo.Input(
+        "precision", options=list(kernels.PRECISIONS), default=kernels.EXACT, optional=True, advanced=True,
+        tooltip="exact: scores in the model's own precision. int8 scores: queries and keys as 8-bit integers, as "
+                "SageAttention has them: faster on cards whose integer units are, and about 1% from exact, which the "
+                "node measures on your clip. It concerns backend auto; a kernel chosen by name is what it is.")
+
+
 def read_settings(backend=kernels.AUTO, start_percent=DEFAULT_START, end_percent=1.0, dense_blocks="",
-                  min_tokens=DEFAULT_MIN_TOKENS, strict=False, verbose=False, few_steps=False, said="") -> Settings:
+                  min_tokens=DEFAULT_MIN_TOKENS, strict=False, verbose=False, precision=kernels.EXACT, few_steps=False,
+                  said="") -> Settings:
     """The shared widgets, and what a preset made of them, as Settings. Raises ValueError: found, wanted."""
+    if precision not in kernels.PRECISIONS:
+        raise ValueError(f"precision {precision!r}: wanted {' or '.join(kernels.PRECISIONS)}")
     if min_tokens < 0:
         raise ValueError(f"min_tokens {min_tokens}: wanted 0 or more")
     return Settings(backend, Schedule(start_percent, end_percent), parse_dense_blocks(dense_blocks), min_tokens,
-                    strict, verbose, few_steps, said)
+                    strict, verbose, precision, few_steps, said)
 
 
 def why_invalid(read: Callable, value) -> str | bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels
-from ...kernels import Contest
+from ...kernels import Contest, KernelSpec
 from ...kernels.contest import add
 from ...vsa_core.grid import TokenGrid
 from .closeness import Watch
@@ -46,9 +46,11 @@ class SparseCalls:
         while True:
             spec = None
             try:
-                spec = kernels.choose_kernel(asked, self.settings.backend, run.failed, announce=run.note)
+                spec = kernels.choose_kernel(asked, self.settings.backend, run.failed, announce=run.note,
+                                             precision=self.settings.precision)
                 run.proofs[spec.name] = kernels.proof_words(spec.name, asked)
-                return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense)
+                self._tell_precision(spec, asked, run)
+                return self._on_kernel(replace(call, kernel=spec.name), grid, q, k, v, dense, spec.exact)
             except kernels.NoKernel as error:
                 text = no_kernel_text(error, asked, self.settings.backend)
                 if self.settings.insists:
@@ -80,7 +82,14 @@ class SparseCalls:
                 run.failed[spec.name] = f"failed in this run: {words_of(error)}"
                 log.warning("[%s] kernel %s failed", self.method.name, spec.name, exc_info=True)
 
-    def _on_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v, dense: DenseCall):
+    def _tell_precision(self, spec: KernelSpec, asked: kernels.Call, run: Run) -> None:
+        """Where "int8 scores" gets an exact kernel, say so and why."""
+        if spec.exact and self.settings.precision == kernels.INT8_SCORES and self.settings.backend == kernels.AUTO:
+            reasons = {**kernels.explain_kernels(asked), **run.failed}
+            why = kernels.listed({name: reasons[name] for name in kernels.INT8_KERNELS if reasons.get(name)})
+            run.warn(f"no int8 scores here, exact ones in their place: {why}")
+
+    def _on_kernel(self, call: LayerCall, grid: TokenGrid, q, k, v, dense: DenseCall, exact: bool):
         run, step = call.step.run, call.step
         key = (grid, q.device)
         if key not in run.plans:
@@ -103,6 +112,8 @@ class SparseCalls:
         with run.timed(SPARSE, call.layer, q.device) as span:
             out = self.method.attend(plan, q, k, v, call)
         run.closeness.passed()
+        if not exact and run.rounding.due((call.layers or 1) * call.step.total):
+            self._check_rounding(run, plan, call, grid, q, k, v, out)
         if watch is not None:
             self._measure(run, watch, q, k, v, out)
         if sampled:
@@ -135,6 +146,21 @@ class SparseCalls:
         else:
             run.warn(f"sparse is slower than dense here: {times}. Backend {call.kernel} was chosen by name: it stays")
         return False
+
+    def _check_rounding(self, run: Run, plan, call: LayerCall, grid: TokenGrid, q, k, v, out: Tensor) -> None:
+        """Run a finished call on an exact kernel too, and compare. Nothing of it counts, or may fail the sampling."""
+        try:
+            apart = Run(run.method_name)
+            spec = kernels.choose_kernel(kernels.Call.of(q))
+            again = replace(call, kernel=spec.name, record=GridRecord(grid, dict(call.record.facts), spec.name),
+                            sampled=False, watch=None, step=replace(call.step, run=apart))
+            with run.timed(MEASURE, None, q.device):
+                run.rounding.measure(out, self.method.attend(plan, q, k, v, again))
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            run.rounding.given_up = True
+            run.note(f"how far int8 scores are from exact ones could not be measured: {words_of(error)}")
 
     @staticmethod
     def _measure(run: Run, watch: Watch, *tensors: Tensor) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 
-from ...kernels import AUTO, backend_list
+from ...kernels import AUTO, EXACT, backend_list
 from .run import DENSE, SPARSE, Run
 from .verdict import bullets, dense_steps, verdict
 
@@ -15,7 +15,7 @@ def node_text(run: Run) -> str:
     kernel, and the dense steps."""
     close = run.closeness.sentence()
     close = "" if any(text.startswith(close) for text in run.warnings) else close
-    lines = [*run.warnings, close, *_choice_lines(run), run.chosen, dense_steps(run)]
+    lines = [*run.warnings, close, run.rounding.sentence(), *_choice_lines(run), run.chosen, dense_steps(run)]
     return "\n".join([verdict(run), *bullets(lines)])
 
 
@@ -37,17 +37,17 @@ def status_text(run: Run, verbose: bool = False) -> str:
     return "\n".join([node_text(run), *bullets(lines)])
 
 
-def kernel_text(run: Run, backend: str) -> str:
+def kernel_text(run: Run, backend: str, precision: str = EXACT) -> str:
     """Every kernel and whether it could run the calls of this run, or why not. Empty when none was asked for.
 
-    backend: what the node's widget says.
+    backend, precision: what the node's widgets say.
     """
     lines = []
     for call in run.asked:
         card = "" if call.capability is None else " sm_{}{}".format(*call.capability)
         dtype = str(call.dtype).removeprefix("torch.")
         lines.append(f"- kernels for {dtype}, head_dim {call.head_dim} on {call.device_type}{card}, backend {backend}:")
-        lines += [f"  - {line}" for line in backend_list(call, backend, run.failed)]
+        lines += [f"  - {line}" for line in backend_list(call, backend, run.failed, precision)]
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from ..families import family_of
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall, StaysDense
 from ..hook.run import Run
-from ..hook.settings import DEFAULT_START, read_settings, settings_inputs, why_invalid
+from ..hook.settings import DEFAULT_START, precision_input, read_settings, settings_inputs, why_invalid
 from ..trained.fed_layers import warn_of_other_training
 from .far_field import OFF, far_field_input, uses_far_field
 from .local_layers import LocalLayers
@@ -177,6 +177,7 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                 *settings_inputs(),
                 far_field_input(),
                 preset_input("window", trains=False),
+                precision_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

@@ -22,7 +22,7 @@ from ...vsa_core.tiling import auto_tile_size, parse_tile_size
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall
 from ..hook.run import GridRecord, Run
-from ..hook.settings import DEFAULT_START, read_settings, settings_inputs, why_invalid
+from ..hook.settings import DEFAULT_START, precision_input, read_settings, settings_inputs, why_invalid
 from ..hook.status import show_under_node
 from ..trained.fed_layers import warn_of_other_training
 from ..trained.gate_advice import advice_after, advice_before
@@ -160,6 +160,7 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 far_field_input(),
                 mass_input(),
                 preset_input("sparsity", trains=True),
+                precision_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

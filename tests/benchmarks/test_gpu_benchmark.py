@@ -24,7 +24,8 @@ def test_a_dry_run_writes_what_was_measured_and_why_the_rest_was_not(gpu, tmp_pa
     report = json.loads(target.read_text())
     assert report["dry_run"] is True and report["hardware"]["gpu"] is None and report["versions"]["torch"]
     rows = {(row["lists"], row["name"]): row for row in report["rows"]}
-    assert {name for _, name in rows} == {"cuda_sm90", "triton", "reference", *(peer.name for peer in gpu.PEERS)}
+    assert {name for _, name in rows} == {"cuda_sm90", "triton", "triton_int8", "reference", "reference_int8",
+                                          *(peer.name for peer in gpu.PEERS)}
     assert {lists for lists, _ in rows} == set(gpu.LISTS)
     for lists in gpu.LISTS:
         assert rows[lists, "reference"]["relative_l2"] <= gpu.TOLERANCE and rows[lists, "reference"]["tflops"] > 0

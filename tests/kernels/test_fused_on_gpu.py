@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import test_far_start as far_start
-from on_gpu import HERE, MEANS, REHEARSED, SELECT, by_kernel, cases, need, peak_memory, to_device
-from pack.kernels import block_sparse_attention, reference_tiles, select_tiles, tile_means
+from on_gpu import HERE, INT8, MEANS, REHEARSED, SELECT, by_kernel, cases, need, peak_memory, to_device
+from pack.kernels import block_sparse_attention, reference_int8, reference_tiles, select_tiles, tile_means
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 from test_fused_attention import CASES, GATES, HALVES, operands, oracle, worst_error
 from test_tile_grid import CASES as GRIDS
@@ -39,6 +39,17 @@ def test_gathered_attention_agrees_with_the_oracle_in_every_query_block(spec, ca
     need(spec, dtype, case.dim)
     named = operands(case, dtype)
     agrees(attend(spec, named), oracle(**named), named)
+
+
+@pytest.mark.parametrize("dtype", cases(HALVES), ids=str)
+@pytest.mark.parametrize("make", cases(far_start.CASES.values()), ids=cases(far_start.CASES))
+def test_integer_scores_are_those_of_their_specification(make, dtype):
+    named = make(dtype)
+    need(INT8, dtype, named["q"].shape[-1])
+    for given in (named, far_start.begun(named, far_start.tiles_of(named))):
+        wide = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                for name, x in given.items()}
+        agrees(attend(INT8, given), reference_int8.run(**wide), given)
 
 
 @by_kernel

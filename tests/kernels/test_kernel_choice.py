@@ -97,7 +97,7 @@ def test_auto_lists_the_reason_of_every_kernel():
     with pytest.raises(NoKernel) as error:
         choose_kernel(call)
     for spec in KERNELS:
-        assert f"{spec.name}: {spec.refusal(call, auto=True)}" in str(error.value)
+        assert (f"{spec.name}: {spec.refusal(call, auto=True)}" in str(error.value)) == spec.exact
     assert error.value.reasons["reference"] == (
         "slower than dense attention on your NVIDIA card of compute capability 7.5")
 
@@ -200,3 +200,23 @@ def test_a_card_that_is_not_listed_is_launched_like_the_nearest_older_one(capabi
 def test_a_generation_that_is_not_listed_gets_the_default_launch(capability):
     from pack.kernels.triton.configs import DEFAULT, config_for
     assert config_for(capability, 128, BF16) == DEFAULT
+
+
+def test_auto_takes_a_kernel_that_rounds_only_where_it_is_asked_to_and_then_first():
+    cpu = Call("cpu", None, torch.float32, 64)
+    assert choose_kernel(GPU).name == "triton" and choose_kernel(cpu).name == "reference"
+    assert choose_kernel(GPU, precision="int8 scores").name == "triton_int8"
+    assert choose_kernel(cpu, precision="int8 scores").name == "reference_int8"
+    assert choose_kernel(GPU, "triton_int8").name == "triton_int8"
+    failed = {"triton_int8": "failed"}
+    assert choose_kernel(GPU, exclude=failed, precision="int8 scores").name == "triton", "an exact one in its place"
+    with pytest.raises(ValueError, match="precision 'int4': wanted exact or int8 scores"):
+        choose_kernel(GPU, precision="int4")
+
+
+def test_kernels_that_round_are_listed_where_they_are_asked_for():
+    from pack.kernels import backend_list
+    names = [[line.split(":")[0] for line in backend_list(GPU, *asked)]
+             for asked in (("auto",), ("triton_int8",), ("auto", None, "int8 scores"))]
+    assert names == [["cuda_sm90", "triton", "reference"], ["cuda_sm90", "triton", "triton_int8", "reference"],
+                     [spec.name for spec in KERNELS]]

@@ -28,13 +28,16 @@ def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_tw
     seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
             if row["kernel"] == "block_sparse_forward"}
     variants = ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
-                "gather combine far lse")
-    most = variants[-1]
-    assert seen == {*((arch, dim, "bf16", most) for arch in SHARED_KB for dim in (64, 128)),
+                "gather combine far lse", "int8 gather", "int8 gather far", "int8 gather combine",
+                "int8 gather combine far lse")
+    most = "gather combine far lse"
+    assert seen == {*((arch, dim, "bf16", variant) for arch in SHARED_KB for dim in (64, 128)
+                      for variant in (most, variants[-1])),
                     *((arch, dim, "bf16", variant) for arch in ("sm_89", "sm_90") for dim in (64, 128)
                       for variant in variants), ("sm_89", 128, "fp16", most), ("sm_90", 128, "fp16", most)}
     others = {(row["kernel"], row["arch"], row["D"]) for row in table if row["kernel"] != "block_sparse_forward"}
-    of_all = {"tile_means_forward": (64, 128), "score_tiles": (64, 128), "select_rows": (500, 1000, 2000, 4096)}
+    of_all = {"tile_means_forward": (64, 128), "sum_keys": (64, 128), "quantise_keys": (64, 128),
+              "score_tiles": (64, 128), "select_rows": (500, 1000, 2000, 4096)}
     assert others == {(kernel, arch, size) for arch in SHARED_KB for kernel, sizes in of_all.items()
                       for size in sizes[0 if arch in ("sm_89", "sm_90") else -1:]}
 
@@ -42,7 +45,7 @@ def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_tw
 def test_the_command_itself_leaves_no_variant_out():
     import aot
     rows = {entry[1:] for card in aot.CARDS for entry in aot.entries(card)}
-    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 160
+    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 240
     assert {variant for kernel, _, dtype, variant in rows if dtype == "fp16"} == {
         "", "lse", "gather lse", "gather combine far lse"}
 
@@ -64,6 +67,19 @@ def test_products_run_on_tensor_cores(table):
         if row["kernel"] != "block_sparse_forward":
             continue
         assert row["HGMMA" if row["arch"] == "sm_90" else "HMMA"] > 0, row
+        assert (row["IMMA"] > 0) == ("int8" in row["variant"]), row
+
+
+def test_integer_scores_take_half_the_instructions_of_scores_and_less_room(table):
+    """A product of 16x8x32 in integers takes the place of two of 16x8x16."""
+    rows = {(row["arch"], row["D"], row["variant"]): row for row in table
+            if row["kernel"] == "block_sparse_forward" and row["dtype"] == "bf16"}
+    for (arch, dim, variant), row in rows.items():
+        if variant.startswith("int8"):
+            exact = rows[arch, dim, variant.removeprefix("int8 ")]
+            products = "HGMMA" if arch == "sm_90" else "HMMA"
+            assert row[products] == exact[products] // 2 and row["IMMA"] == exact[products] // 4, (arch, dim)
+            assert 4 * dim * 64 / 1024 <= row["shared KB"] < 0.75 * exact["shared KB"]
 
 
 def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path):
@@ -83,8 +99,10 @@ def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path
         assert ("in the table" in row["note"]) == ((row["warps"], row["stages"]) == entry[:2])
 
 
-LENGTHS = {"lists", "tokens", "tiles", "far_tiles", "blocks_per_tile", "queries", "keys", "kept", "always"}
-CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "START", "INTERPRET"},
+LENGTHS = {"lists", "key_blocks", "tokens", "tiles", "far_tiles", "blocks_per_tile", "queries", "keys", "kept",
+           "always"}
+CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "START", "INT8", "INTERPRET"},
+             "sum_keys": {"D", "BLOCK", "GATHER"}, "quantise_keys": {"D", "BLOCK", "GATHER"},
              "tile_means_forward": {"D", "BLOCK", "PARTS"}, "score_tiles": {"D", "TILE", "DEPTH"},
              "select_rows": {"ROW"}}
 
@@ -92,10 +110,10 @@ CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COM
 def test_nothing_that_follows_the_sequence_length_is_compiled_in():
     source = (
         "import aot; aot.load_pack()\n"
-        "from pack.kernels.triton import block_sparse, select_tiles, tile_means\n"
+        "from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means\n"
         "assert not block_sparse.INTERPRET\n"
         "kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,\n"
-        "           select_tiles.select_rows)\n"
+        "           select_tiles.select_rows, int8_scores.sum_keys, int8_scores.quantise_keys)\n"
         "print({k.__name__: {p.name: (p.is_constexpr, p.do_not_specialize) for p in k.params} for k in kernels})\n")
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True,
                           cwd=ROOT / "dev")
@@ -111,7 +129,7 @@ import aot
 aot.load_pack()
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from pack.kernels.triton import block_sparse, select_tiles, tile_means
+from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means
 
 class NoCard:
     def get_current_target(self): return GPUTarget("cuda", 89, 32)
@@ -150,7 +168,7 @@ print(len(built), len(set(map(id, built))))
 def test_a_clip_of_another_length_compiles_no_fused_kernel_again():
     assert builds("""
 kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,
-           select_tiles.select_rows)
+           select_tiles.select_rows, int8_scores.sum_keys, int8_scores.quantise_keys)
 built = [watch(kernel) for kernel in kernels]
 for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 3, 1, 1, 2), (2, 1001, 8, 2, 3, 7),
                                                   (1, 64, 1, 1, 0, 1), (1, 9999, 160, 1, 16, 16)):
@@ -163,8 +181,10 @@ for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 
     for coarse in (means[2], means[2].transpose(1, 2).contiguous().transpose(1, 2)):
         block_sparse.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile, None, coarse,
                          coarse[..., 0])
+        int8_scores.run(q, q, q, lists, counts, sizes, 0.1, False, token_rows, q, coarse, per_tile, None, coarse,
+                        coarse[..., 0])
 print(*(len(set(map(id, one))) for one in built))
-""") == ["1", "1", "1", "1"]
+""") == ["2", "1", "1", "1", "1", "1"]
 
 
 def test_launch_options_that_are_given_take_the_place_of_the_tables():
