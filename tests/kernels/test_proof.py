@@ -130,7 +130,8 @@ def test_the_cuda_kernel_is_proven_in_the_emulator(dtype, dim, monkeypatch):
 
 
 @pytest.mark.parametrize(("module", "proves", "dtype"), [
-    ("block_sparse", "attention", torch.float16), ("int8_scores", "attention", torch.float16), ("tile_means", "tile means", torch.float16),
+    ("block_sparse", "attention", torch.float16), ("int8_scores", "attention", torch.float16),
+    ("tile_means", "tile means", torch.float16),
     ("select_tiles", "tile selection", torch.float32)])
 def test_the_triton_kernels_are_proven_in_the_interpreter(worker, module, proves, dtype, monkeypatch):
     monkeypatch.setattr(proof, "RUNS", 1)
