@@ -27,7 +27,7 @@ from ...vsa_core.selector import AttentionBackendEnum
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall
 from ..hook.run import GridRecord, Run
-from ..hook.settings import read_settings, settings_inputs
+from ..hook.settings import precision_input, read_settings, settings_inputs
 from ..hook.status import show_under_node
 from ..trained.fed_layers import warn_of_other_training
 from ..trained.projection_advice import UNTRAINED, advice_after, advice_before
@@ -188,6 +188,7 @@ class SparseLinearAttentionPatch(io.ComfyNode):
                     "feature_map", options=[AUTO, *FEATURES], default=AUTO, optional=True, advanced=True,
                     tooltip="How the trained summary weighs tokens. auto takes the one that the model was trained "
                             "with; all released models have softmax. Unused without a trained projection."),
+                precision_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

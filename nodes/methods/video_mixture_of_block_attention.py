@@ -19,7 +19,7 @@ from ...vsa_core.selector import AttentionBackendEnum
 from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall, StaysDense
 from ..hook.run import Run
-from ..hook.settings import read_settings, settings_inputs, why_invalid
+from ..hook.settings import precision_input, read_settings, settings_inputs, why_invalid
 from ..trained.fed_layers import warn_of_other_training
 from .local_layers import LocalLayers
 from .moba_config import config_path, read_config
@@ -211,6 +211,7 @@ class VideoMixtureOfBlockAttentionPatch(io.ComfyNode):
                     tooltip="FastVideo's settings as JSON, pasted, or the name of a .json file in models/"
                             "vmoba_configs. What it names replaces the inputs above. Its first_full_step does "
                             "nothing, as in FastVideo: use start_percent."),
+                precision_input(),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],

@@ -8,11 +8,12 @@ SIZE = (5, 8, 12)
 SENTENCE = r"int8 scores: (\d+\.\d+)% from exact scores, checked on (\d+) attention calls"
 
 
-@pytest.fixture(params=["vsa", "sta"])
+@pytest.fixture(params=["vsa", "sta", "sla", "vmoba"])
 def patched(request, wan):
     """patched(**widgets) -> a model whose calls are sparse, on whatever kernel auto takes."""
     patch = request.getfixturevalue(request.param)
-    sparse = {"vsa": {"sparsity": 0.7}, "sta": {"window": "1x1x1"}}[request.param]
+    sparse = {"vsa": {"sparsity": 0.7}, "sta": {"window": "1x1x1"}, "sla": {"ratio": 0.3},
+              "vmoba": {"threshold": 0.1, "temporal_chunk": 1}}[request.param]
     return lambda **widgets: patch(wan, **sparse, **{"backend": "auto", **widgets})
 
 
