@@ -4,7 +4,8 @@
 
 One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 when a row spills registers, wants more
 shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
-one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run.
+one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run. "loop" counts the
+instructions of the attention kernel's inner loop, "bound" is what they allow an RTX 4090 at best, in TFLOPS.
 
 --fewer: every variant of the attention kernel for sm_89 and sm_90 only, and of each kernel for every card the one that
 holds most. What differs between variants is told by those two cards, what differs between cards by that one.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from load_pack import load_pack
+from loop_bound import bound, inner_loop
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -37,10 +39,9 @@ POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "T
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
-           "HMMA", "HGMMA", "IMMA")
+           "HMMA", "HGMMA", "IMMA", "loop", "bound")
 ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
-                      "gather combine far lse", "int8 gather", "int8 gather far",
-                      "int8 gather combine", "int8 gather combine far lse"),
+                      "gather combine far lse", "int8 gather far", "int8 gather combine far lse"),
              "fp16": ("lse", "gather lse", "gather combine far lse")}
 MOST = "gather combine far lse", "int8 gather combine far lse"
 """Variants of the attention kernel: with and without LSE, tokens in place, a softmax that has begun, and the coarse
@@ -156,8 +157,16 @@ def compile_row(capability, kernel_name, size, dtype, variant, options=None):
     values = (kernel_name, name(capability), size, dtype, variant, warps, built.metadata.num_stages, registers, spilled,
               shared / 1024, programs_per_sm(capability, registers, shared, warps),
               len(re.findall(r"\bHMMA\b", sass)), len(re.findall(r"\bHGMMA\b", sass)),
-              len(re.findall(r"\bI(?:G?)MMA\b", sass)))
+              len(re.findall(r"\bI(?:G?)MMA\b", sass)), *_loop(capability, kernel_name, size, sass))
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def _loop(capability, kernel_name, size, sass):
+    """("loop", "bound") of a row, 0 where they say nothing."""
+    if kernel_name != "block_sparse_forward":
+        return 0, 0.0
+    counts = inner_loop(sass)
+    return counts.total(), bound(counts, size) if capability == (8, 9) else 0.0
 
 
 def inspect(cubin):
