@@ -1,9 +1,9 @@
 """What an RTX 4090 could reach at best with a compiled attention kernel: its inner loop's instructions, and a bound.
 
 One scheduler of a multiprocessor (there are four) issues an instruction per cycle and feeds a tensor core and a unit
-for exponentials. Rates: NVIDIA Ada GPU architecture whitepaper (165 TFLOPS of bf16 with sums in float32, 660 TOPS of int8),
-CUDA C++ Programming Guide (16 exponentials per cycle and multiprocessor). Whichever is busy longest is the bound: an
-upper one, since nothing waits and all overlaps.
+for exponentials. Rates: NVIDIA Ada GPU architecture whitepaper (165 TFLOPS of bf16 with sums in float32, 660 TOPS of
+int8), CUDA C++ Programming Guide (16 exponentials per cycle and multiprocessor). Whichever is busy longest binds:
+an upper bound, since nothing waits and all overlaps.
 """
 import re
 from collections import Counter
