@@ -1,6 +1,7 @@
 """The pack in a real, running ComfyUI server: what the page finds, and what a prompt gets."""
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ TINY = {
     "wan22_t2v": ("tiny_wan_t2v", SMALL), "wan22_i2v": ("tiny_wan_i2v", SMALL),
     "fastwan": ("tiny_wan_vsa", SMALL), "turbowan": ("tiny_wan_sla", SMALL),
     "hunyuan_video15": ("tiny_hunyuan_video15", HUNYUAN15),
-    "ltx2_t2v_long": ("tiny_ltxav", LTX2._replace(frames=41)),      # else the same prompt as without "long"
+    "ltx2_t2v_long": ("tiny_ltxav", replace(LTX2, frames=41)),      # else the same prompt as without "long"
     "ltx2": ("tiny_ltxav", LTX2),
     "minimax_h3": ("tiny_minimax_h3", H3),
 }
