@@ -21,12 +21,12 @@ PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder --max-worker-re
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick page quality train-tiny bench aot cubins gpu bench-gpu tune clean FORCE
+.PHONY: help setup demo test test-quick page quality train-tiny bench aot cubins gpu bench-gpu bench-sampling tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@sed -n 's/^#   /  /p' Makefile; echo
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## environment with CPU torch, and a ComfyUI checkout (2 minutes the first time)
 
@@ -75,6 +75,9 @@ bench-gpu: ## on an NVIDIA GPU: speed and error beside other kernels, into bench
 	$(GPU_PYTHON) -m kernels.prove
 	$(GPU_PYTHON) benchmarks/gpu.py --seconds 420
 	$(GPU_PYTHON) benchmarks/stages.py --shapes "H12 32760" "H40 75600" --sparsities 0.9
+
+bench-sampling: $(FOUND) ## on an NVIDIA GPU, with ComfyUI's requirements in GPU_PYTHON: whole samplings, every method beside dense
+	COMFYUI_PATH="$$(head -n 1 $(FOUND))" $(GPU_PYTHON) benchmarks/comfyui_sampling.py
 
 tune: ## on an NVIDIA GPU: times launch options of the Triton kernel for its table (starts nothing new after 4 minutes)
 	$(GPU_PYTHON) benchmarks/tune.py --seconds 240

@@ -36,6 +36,17 @@ class Settings:
         """Whether the user wants an error rather than dense attention."""
         return self.strict or self.backend != kernels.AUTO
 
+    def dense_parts(self) -> list[str]:
+        """The settings that leave part of a sampling dense, each with what a model wants that was trained sparse."""
+        parts = []
+        if self.schedule.start_percent > 0:
+            parts.append(f"start_percent {self.schedule.start_percent:g} (wanted 0)")
+        if self.schedule.end_percent < 1:
+            parts.append(f"end_percent {self.schedule.end_percent:g} (wanted 1)")
+        if self.dense_blocks.ranges:
+            parts.append("dense_blocks (wanted none)")
+        return parts
+
 
 def settings_inputs() -> list:
     """The shared widgets, in their order. `read_settings` takes them by the same names.

@@ -8,13 +8,7 @@ from ..hook.settings import Settings
 
 def advice_before(trained: Trained, sparsity: float, settings: Settings) -> list[str]:
     """Warnings that the settings alone justify, before anything is sampled."""
-    dense = []
-    if settings.schedule.start_percent > 0:
-        dense.append(f"start_percent {settings.schedule.start_percent:g} (wanted 0)")
-    if settings.schedule.end_percent < 1:
-        dense.append(f"end_percent {settings.schedule.end_percent:g} (wanted 1)")
-    if settings.dense_blocks.ranges:
-        dense.append("dense_blocks (wanted none)")
+    dense = settings.dense_parts()
     lines = [f"{trained.name} was trained with VSA and will run partly dense, which it was not trained for: "
              f"{', '.join(dense)}"] if dense else []
     return lines + _sparsity_advice(trained, sparsity)

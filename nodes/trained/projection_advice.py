@@ -12,13 +12,7 @@ UNTRAINED = ("no trained projection in this model: plain top-k. Video Sparse Att
 
 def advice_before(trained: Trained, ratio: float, query_run: int, feature: str, settings: Settings) -> list[str]:
     """Warnings that the settings alone justify, before anything is sampled."""
-    dense = []
-    if settings.schedule.start_percent > 0:
-        dense.append(f"start_percent {settings.schedule.start_percent:g} (wanted 0)")
-    if settings.schedule.end_percent < 1:
-        dense.append(f"end_percent {settings.schedule.end_percent:g} (wanted 1)")
-    if settings.dense_blocks.ranges:
-        dense.append("dense_blocks (wanted none)")
+    dense = settings.dense_parts()
     lines = [f"{trained.name} was trained with SLA throughout. Its dense part keeps the projections and is slower: "
              f"{', '.join(dense)}"] if dense else []
     return lines + mismatches(trained, ratio, query_run, feature)
