@@ -5,6 +5,7 @@ list came about, and what the tokens are, is not this package's business.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -82,8 +83,12 @@ def choose_kernel(call: Call, backend: str = AUTO, exclude: dict[str, str] | Non
 
 def prove_kernels(call: Call, backend: str = AUTO, announce: Callable[[str], object] | None = None,
                   precision: str = EXACT) -> KernelSpec:
-    """`choose_kernel`, and the kernels of tile means and selections that will run beside it are proven as well."""
+    """`choose_kernel`, and the kernels of tile means and selections that will run beside it are proven as well; so is
+    the exact kernel that one which is not will be compared with, where there is one."""
     spec = choose_kernel(call, backend, announce=announce, precision=precision)
+    if not spec.exact:
+        with contextlib.suppress(NoKernel):
+            choose_kernel(call, announce=announce)
     tile_ops.prove_beside(spec.name, call, announce)
     return spec
 

@@ -104,3 +104,15 @@ def test_a_check_that_fails_fails_no_sampling(patched, draw, run_of, monkeypatch
 def test_a_precision_that_is_none_is_refused(patched):
     with pytest.raises(ValueError, match="precision 'int4': wanted exact or int8 scores"):
         patched(precision="int4")
+
+
+def test_both_kernels_that_a_check_needs_are_proven_before_the_sampling(wan, vsa, kernel_table, own_proofs):
+    import fake_kernels
+    from pack import kernels
+    from pack.kernels import reference_int8
+    int8 = fake_kernels.spec_of(reference_int8.run, "int8", exact=False)
+    exact = fake_kernels.spec_of(fake_kernels.right, "exact")
+    kernel_table(exact, int8)
+    vsa(wan, 0.7, backend="auto", precision="int8 scores")
+    call = kernels.Call.on(torch.device("cpu"), torch.float32, 128)
+    assert all(kernels.PROOFS.known(spec, call).passed for spec in (int8, exact))
