@@ -169,7 +169,7 @@ def main(arguments=None) -> Path:
     args = parse(arguments)
     device, deadline = prepare_to_measure(args), time.monotonic() + args.seconds
     from comfy_boot import boot, version
-    comfyui = boot(args.comfyui, *(["--cpu"] if args.dry_run else []), cpu=False)
+    comfyui = boot(args.comfyui, cpu=args.dry_run)
     report = start(args, device)
     report["versions"]["comfyui"] = version(comfyui)
     for size in MODELS:

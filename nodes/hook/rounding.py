@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 CHECKS = 8
-"""Calls of a run that are checked, spread over it."""
+"""Calls of a run that are checked, about, spread over it."""
+GOLDEN = 0.618
+"""Where in its stretch a check lies moves by this share of a stretch: a whole number of layers meets other layers."""
 
 
 class Rounding:
@@ -19,8 +21,10 @@ class Rounding:
 
     def due(self, expected: int) -> bool:
         """Whether the next call is to be checked, of so many that will come in this run."""
+        stretch = max(1, expected // CHECKS)
+        number, place = divmod(self._calls, stretch)
         self._calls += 1
-        return not self.given_up and (self._calls - 1) % max(1, expected // CHECKS) == 0
+        return not self.given_up and place == int(number * GOLDEN * stretch) % stretch
 
     def measure(self, found: Tensor, exact: Tensor) -> None:
         found, exact = found.float(), exact.float()

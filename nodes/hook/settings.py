@@ -89,8 +89,8 @@ def precision_input():
     return io.Combo.Input(
         "precision", options=list(kernels.PRECISIONS), default=kernels.EXACT, optional=True, advanced=True,
         tooltip="exact: scores in the model's own precision. int8 scores: queries and keys as 8-bit integers, as "
-                "SageAttention has them: faster on cards whose integer units are, and about 1% from exact, which the "
-                "node measures on your clip. It concerns backend auto; a kernel chosen by name is what it is.")
+                "SageAttention has them: meant for cards with fast integer units, about 1% from exact, which the node "
+                "measures on your clip. It concerns backend auto; a kernel chosen by name is what it is.")
 
 
 def read_settings(backend=kernels.AUTO, start_percent=DEFAULT_START, end_percent=1.0, dense_blocks="",

@@ -116,3 +116,13 @@ def test_both_kernels_that_a_check_needs_are_proven_before_the_sampling(wan, vsa
     vsa(wan, 0.7, backend="auto", precision="int8 scores")
     call = kernels.Call.on(torch.device("cpu"), torch.float32, 128)
     assert all(kernels.PROOFS.known(spec, call).passed for spec in (int8, exact))
+
+
+@pytest.mark.parametrize(("layers", "steps"), [(30, 8), (40, 20), (30, 50), (2, 4), (1, 1), (7, 3)])
+def test_the_checks_are_spread_over_steps_and_layers(comfyui, layers, steps):
+    from pack.nodes.hook.rounding import CHECKS, Rounding
+    rounding = Rounding()
+    checked = [(step, layer) for step in range(steps) for layer in range(layers) if rounding.due(layers * steps)]
+    assert min(CHECKS, layers * steps) <= len(checked) <= 2 * CHECKS
+    assert checked[0] == (0, 0) and len({step for step, _ in checked}) >= min(steps, CHECKS) - 1
+    assert len({layer for _, layer in checked}) >= min(layers, 5)
