@@ -21,7 +21,7 @@ PARALLEL = -n $${JOBS:-2} --dist loadfile --no-loadscope-reorder --max-worker-re
 RUN = COMFYUI_PATH="$$(head -n 1 $(FOUND))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick page quality train-tiny bench aot cubins gpu bench-gpu bench-sampling tune clean FORCE
+.PHONY: help setup demo test test-quick page quality train-tiny bench bench-split aot cubins gpu bench-gpu bench-sampling tune clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -56,6 +56,9 @@ bench: $(READY) ## the reference kernel against dense attention, and what closen
 	$(VENV)/bin/python benchmarks/reference_vs_sdpa.py
 	$(VENV)/bin/python benchmarks/closeness.py
 	$(VENV)/bin/python benchmarks/masses.py
+
+bench-split: $(READY) ## what several cards gain, predicted from stated rates; the bytes they trade, counted; timed where there are GPUs
+	$(VENV)/bin/python benchmarks/split.py
 
 aot: $(READY) ## compile the Triton kernels ahead of time for every supported GPU
 	$(VENV)/bin/python dev/aot.py

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import platform
@@ -24,21 +23,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "dev")]
 
 from block_problem import LISTS, SHAPES, TINY, make_problem, sampled_error  # noqa: E402
 from peers import PEERS, absent  # noqa: E402
+
+from load_pack import load_pack  # noqa: E402
 
 DENSE = "dense SDPA, cuDNN"
 NO_TIME = "not measured: no time left"
 TOLERANCE, INT8_TOLERANCE = 4e-3, 3e-2
 """Relative L2 of a bfloat16 result against float64: above it the kernel has failed, whatever its speed."""
-
-
-def load_pack():
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    sys.modules["pack"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["pack"])
 
 
 def parse(arguments=None):
@@ -247,8 +242,7 @@ def prepare_to_measure(args) -> torch.device:
     """Load the pack and name the device to measure on. Exits without a GPU, unless nothing is measured."""
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: use --dry-run to go through the steps on a CPU")
-    if "pack" not in sys.modules:
-        load_pack()
+    load_pack()
     return torch.device("cpu" if args.dry_run else "cuda")
 
 

@@ -6,7 +6,6 @@ Times the call that the node makes: tile means, scores, selection and attention,
 the result first: at sparsity 0 it must equal dense attention, or nothing is timed.
 """
 import argparse
-import importlib.util
 import json
 import platform
 import resource
@@ -18,14 +17,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_pack():
-    spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pack"] = module
-    spec.loader.exec_module(module)
+sys.path.append(str(Path(__file__).resolve().parents[1] / "dev"))
+from load_pack import load_pack  # noqa: E402
 
 
 def resident_bytes():

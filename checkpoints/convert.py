@@ -2,10 +2,12 @@
 
     python -m checkpoints.convert FastWan2.1-T2V-1.3B-Diffusers fastwan2.1_t2v_1.3B_vsa.safetensors
 
-Run it in the folder of this pack; it needs nothing but Python. FOLDER is a diffusers pipeline, its transformer folder
-or a safetensors file. No weight is changed, only the names are; gates and SLA projections stay beside the weights, and
-what is known of the training goes into the metadata, where Load Sparse Diffusion Model reads it. The SHA-256 of the
-file is printed and kept beside it in FILE.sha256, as sha256sum -c reads it.
+Run it in the folder of this pack. FOLDER is a diffusers pipeline, its transformer folder, a safetensors file, or a
+PyTorch file (.pth): that one needs ComfyUI's Python, everything else nothing but Python. No weight is changed, only
+the names are, but that int8 weights of TurboDiffusion (-quant) become the bf16 weights that they stand for. Gates and
+SLA projections stay beside the weights, and what is known of the training goes into the metadata, where Load Sparse
+Diffusion Model reads it. The SHA-256 of the file is printed and kept beside it in FILE.sha256, as sha256sum -c reads
+it.
 """
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from .gate_names import GATE
 from .plan import Plan, plan_of
 from .projection_names import NATIVE_NAME
 from .safetensors_file import CheckpointError
-from .source import open_checkpoint
-from .trained import METADATA_KEY
+from .torch_source import bytes_of, open_for_conversion
+from .trained import CHOICES, METADATA_KEY
 
 CHUNK = 16 << 20
 
@@ -62,15 +64,16 @@ def _native_gate(match) -> str:
     return f"blocks.{match['layer']}{attention}.to_gate_compress.{match['part']}"
 
 
-def convert(source: Path, target: Path, force: bool = False, progress=lambda done, total: None) -> str:
+def convert(source: Path, target: Path, force: bool = False, progress=lambda done, total: None,
+            trained_as: str | None = None) -> str:
     """Write `target` from the checkpoint at `source`; returns its SHA-256 in hex.
 
     `target` appears complete or not at all: everything is written beside it under a temporary name first.
-    progress(bytes done, bytes in all) is called after every chunk.
+    progress(bytes done, bytes in all) is called after every chunk. trained_as: as for `Plan.told_as`.
     Raises CheckpointError for a source that is no whole Wan model, FileExistsError when `target` exists and `force`
     is not set.
     """
-    plan, target = plan_of(open_checkpoint(source)), Path(target)
+    plan, target = _plan(source, trained_as), Path(target)
     if not plan.layers:
         raise CheckpointError(f"{source}: found a model that is neither Wan nor MiniMax H3")
     if target.suffix.lower() != ".safetensors":
@@ -94,6 +97,11 @@ def convert(source: Path, target: Path, force: bool = False, progress=lambda don
     return digest
 
 
+def _plan(source: Path, trained_as: str | None) -> Plan:
+    plan = plan_of(open_for_conversion(source))
+    return plan if trained_as is None else plan.told_as(trained_as)
+
+
 def _refuse_existing(target: Path, force: bool) -> None:
     if target.exists() and not force:
         raise FileExistsError(f"{target} exists: give another name, or --force to replace it")
@@ -104,6 +112,13 @@ def _stream(plan: Plan, header: bytes, order: list[tuple[str, str]], out, report
     try:
         for name, _ in order:
             place = plan.checkpoint.tensors[name]
+            if place.read is not None:
+                data = bytes_of(place.read())
+                for first in range(0, len(data), CHUNK):
+                    digest.update(data[first:first + CHUNK])
+                    done += out.write(data[first:first + CHUNK])
+                    report(done)
+                continue
             if place.file != opened:
                 if source is not None:
                     source.close()
@@ -151,9 +166,10 @@ class Progress:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoints.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="FOLDER", help="diffusers folder or safetensors file")
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="diffusers folder, safetensors file or .pth")
     parser.add_argument("target", type=Path, metavar="FILE", nargs="?", help="new file, ending in .safetensors")
     parser.add_argument("--force", action="store_true", help="replace FILE when it exists")
+    parser.add_argument("--trained-as", choices=CHOICES, help="what FOLDER is, where nothing in it tells")
     parser.add_argument("--describe", action="store_true", help="say what FOLDER holds and write nothing")
     args = parser.parse_args(arguments)
     if args.target is None and not args.describe:
@@ -162,10 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
-        print(describe(plan_of(open_checkpoint(args.source))))
+        print(describe(_plan(args.source, args.trained_as)))
         if args.describe:
             return 0
-        digest = convert(args.source, args.target, args.force, Progress())
+        digest = convert(args.source, args.target, args.force, Progress(), args.trained_as)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

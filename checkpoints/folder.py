@@ -8,6 +8,8 @@ from pathlib import Path
 from .safetensors_file import CheckpointError
 
 SUFFIXES = (".safetensors", ".sft")
+PYTORCH = (".pth", ".pt", ".ckpt", ".bin")
+"""Files that only the converter reads."""
 SHARD = re.compile(r".+-(?P<number>\d{4,6})-of-(?P<total>\d{4,6})\.(?:safetensors|sft)", re.IGNORECASE)
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX = ".safetensors.index.json"
@@ -16,6 +18,11 @@ INDEX = ".safetensors.index.json"
 def is_weights(name: str) -> bool:
     """Whether a file of this name is listed as one of weights; capitals count as small letters, as in ComfyUI."""
     return Path(name).suffix.lower() in SUFFIXES
+
+
+def is_pytorch(name: str) -> bool:
+    """Whether a file of this name is one of PyTorch's."""
+    return Path(name).suffix.lower() in PYTORCH
 
 
 def transformer_folder(folder: Path) -> Path:

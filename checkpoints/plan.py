@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .gate_names import check_gates, find_gates
 from .names import (
@@ -18,12 +18,16 @@ from .names import (
     native_wan_name,
     without_prefix,
 )
-from .projection_names import check_projections, find_projections
-from .safetensors_file import CheckpointError
+from .projection_names import check_projections, find_projections, named_as_projections
+from .safetensors_file import CheckpointError, how_to_convert
 from .source import Checkpoint
-from .trained import SLA, VSA, Trained, trained_facts
+from .trained import CHOICES, LTX, SLA, VSA, Trained, named_as_bare, told_by_metadata, trained_facts
 
 GATE_PARTS = ("weight", "bias", "scale_weight", "weight_scale", "input_scale", "scale_input", "comfy_quant")
+EXTRA = {VSA: "VSA gates", SLA: "SLA projections"}
+"""What a model trained with a method has beside the tensors of one that was not."""
+ATTENTION_WISH = ".comfy_attention.config"
+"""A few bytes of JSON beside an attention: which of ComfyUI's own functions it asks for (Comfy-Org/ComfyUI#16419)."""
 BLOCK_PARTS = ("self_attn.", "cross_attn.", "attn.", "ffn.", "mlp.", "norm3.", "modulation")
 
 
@@ -44,15 +48,70 @@ class Plan:
     """Layer -> part -> name in the files; empty for a model that was not trained with SLA."""
     reshaped: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name in the files -> the shape that ComfyUI wants, where it is another one of the same numbers in a row."""
+    chosen: Trained | None = None
+    """What the user says that it is."""
 
     @property
     def trained(self) -> Trained | None:
-        """What is known of the sparse training, None for a model without gates and projections."""
+        """What is known of the sparse training; None without gates and projections, unless user or metadata tell it."""
+        if self.chosen is not None:
+            return self.chosen
         if not self.gates and not self.projections:
-            return None
-        named = str(self._config.get("_name_or_path", ""))
-        return trained_facts(self.checkpoint.metadata, (*self.checkpoint.path.parts[-3:], named),
-                             SLA if self.projections else VSA)
+            told = told_by_metadata(self.checkpoint.metadata)
+            return told if told is not None and told.bare else None
+        return trained_facts(self.checkpoint.metadata, self._called, SLA if self.projections else VSA)
+
+    @property
+    def remark(self) -> str:
+        """A sentence on a training that metadata or a name speak of and neither user nor tensors confirm, else ""."""
+        told = told_by_metadata(self.checkpoint.metadata)
+        if self.chosen is not None:
+            return "" if told in (None, self.chosen) else f"Its metadata say {told.name}: trained_as counts instead"
+        if self.gates or self.projections or self.trained is not None:
+            return ""
+        if told is not None:
+            gone = EXTRA.get(told.method, "its extra tensors")
+            return (f"WARNING: its metadata say that it was trained as {told.name} with {told.method}, but {gone} are "
+                    "not in this file: whoever saved it left them out, and without them it is not that model. Load the "
+                    "file as it was published")
+        if named := named_as_bare(self._called):
+            return (f"Its name speaks of {named.name}, which is sampled with {named.method} and shows no sign of it in "
+                    f"its tensors: if it is that, choose it in trained_as")
+        return ""
+
+    def told_as(self, name: str) -> Plan:
+        """The plan of a file that the user says is a model of `CHOICES`.
+
+        Raises CheckpointError where the tensors show that it is not.
+        """
+        if name not in CHOICES:
+            raise CheckpointError(f"trained_as {name!r}: wanted one of {', '.join(CHOICES)}")
+        chosen, path = CHOICES[name], self.checkpoint.path
+        there = VSA if self.gates else SLA if self.projections else None
+        wanted = None if chosen.bare else chosen.method
+        if self.family != chosen.family and (self.family != OTHER or chosen.family != LTX):
+            found = self.family if self.family != OTHER else "neither Wan nor MiniMax H3"
+            raise CheckpointError(f"{path}: trained_as {name} is a {chosen.family}, this file is {found}. Set "
+                                  "trained_as to auto")
+        if there != wanted:
+            has = f"it has {EXTRA[there]}" if there else "it has none"
+            raise CheckpointError(f"{path} is not {name}: wanted a file with {EXTRA[wanted]}, {has}. Load the file as "
+                                  "it was published, or set trained_as to auto" if wanted else
+                                  f"{path} is not {name}, which has no {EXTRA[there]}: set trained_as to auto")
+        if chosen.family == WAN and (found := self._from_image) is not None and found != ("-I2V" in name):
+            has = "takes a start image, which that does not" if found else "takes no start image, which that does"
+            raise CheckpointError(f"{path} is not {name}: this one {has}. Set trained_as to auto, or to the other task")
+        return replace(self, chosen=chosen)
+
+    @property
+    def _from_image(self) -> bool | None:
+        """Whether a Wan takes a start image beside the clip, None where its input has other channels than either."""
+        name = next((name for name, native in self.names.items() if native == "patch_embedding.weight"), None)
+        return {(16,): False, (36,): True}.get(self.shape_of(name)[1:2]) if name else None
+
+    @property
+    def _called(self) -> tuple[str, ...]:
+        return (*self.checkpoint.path.parts[-3:], str(self._config.get("_name_or_path", "")))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as ComfyUI wants it."""
@@ -98,13 +157,12 @@ def plan_of(checkpoint: Checkpoint) -> Plan:
     shapes = {without_prefix(name): place.info.shape for name, place in checkpoint.tensors.items()}
     plain = {name: without_prefix(name) for name in checkpoint.tensors}
     if is_lora(plain.values()):
-        gates_too = ", or its gates through Attach VSA Gates" if find_gates(checkpoint.tensors) else ""
         raise CheckpointError(f"{checkpoint.path} is a LoRA: wanted a whole model. Load it through a LoRA loader"
-                              + gates_too)
+                              + _what_a_lora_loader_leaves(checkpoint))
     gates, projections = find_gates(checkpoint.tensors), _projections(checkpoint)
     extra = {name for found in (gates, projections) for parts in found.values() for name in parts.values()}
     names = {name: short for name, short in plain.items() if name not in extra}
-    _refuse_int8(names, checkpoint)
+    _refuse_foreign_numbers(names, checkpoint)
     family = family_of_names(names.values())
     if projections and (gates or family != WAN):
         found = "VSA gates too" if gates else "a model that is not Wan"
@@ -141,10 +199,27 @@ def _projections(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
-def _refuse_int8(names: dict[str, str], checkpoint: Checkpoint) -> None:
+def _what_a_lora_loader_leaves(checkpoint: Checkpoint) -> str:
+    """ComfyUI's LoRA loader applies what it finds in the model, and names the rest in its log at most."""
+    if named_as_projections(checkpoint.tensors):
+        return (". It changes SLA projections (proj_l) too, which no LoRA loader applies: wanted the whole model "
+                "that it was trained into")
+    if find_gates(checkpoint.tensors):
+        return ", and its gates, which that leaves out, through Attach VSA Gates"
+    if named := named_as_bare(checkpoint.path.parts[-2:]):
+        return f", behind this node with trained_as {named.name}"
+    return ""
+
+
+def _refuse_foreign_numbers(names: dict[str, str], checkpoint: Checkpoint) -> None:
+    if any(short.endswith(".input_global_scale") for short in names.values()):
+        raise CheckpointError(f"{checkpoint.path} holds NVFP4 weights as LightX2V writes them (input_global_scale), "
+                              "which ComfyUI reads in another order. Take the files made for ComfyUI, such as those of "
+                              "Kijai/WanVideo_comfy_nvfp4")
     if any(short.endswith(".int8_weight") for short in names.values()):
         raise CheckpointError(f"{checkpoint.path} holds TurboDiffusion's int8 weights (int8_weight), which ComfyUI "
-                              "cannot read: use the file of the same name without -quant")
+                              f"cannot read. Use the file of the same name without -quant, or convert it: "
+                              f"{how_to_convert(checkpoint.path)}")
 
 
 def _patch_of_linear(names: dict[str, str], checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

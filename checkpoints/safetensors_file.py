@@ -14,8 +14,18 @@ DTYPE_BYTES = {
     "C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
-OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a PyTorch file (.pt, .pth or .ckpt)",
+ZIP = b"PK\x03\x04"
+OTHER_FORMATS = {b"GGUF": "a GGUF file", ZIP: "a PyTorch file (.pt, .pth or .ckpt)",
                  b"\x80\x02": "a pickle file", b"<!DO": "a web page", b"vers": "a Git LFS pointer, not the weights"}
+
+
+HOW_TO_CONVERT = ("in the folder of this pack, with ComfyUI's Python, run: python -m checkpoints.convert {} "
+                  "{}.safetensors")
+
+
+def how_to_convert(path: Path) -> str:
+    """The command that makes a file that the loader reads."""
+    return HOW_TO_CONVERT.format(path, Path(path).with_suffix(""))
 
 
 class CheckpointError(ValueError):
@@ -54,7 +64,8 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start.startswith(tuple(OTHER_FORMATS)) or len(start) < 8 or not 2 <= length <= LARGEST_HEADER:
-                raise CheckpointError(f"{path} is no safetensors file: found {_format_of(start, size)}")
+                cure = f". Convert it: {how_to_convert(path)}" if start.startswith(ZIP) else ""
+                raise CheckpointError(f"{path} is no safetensors file: found {_format_of(start, size)}{cure}")
             raw = file.read(length)
     except PermissionError:
         raise CheckpointError(f"{path} cannot be read: no permission. Change the file's permissions") from None

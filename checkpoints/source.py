@@ -1,8 +1,10 @@
 """A model on disk as one set of tensors: a file, a sharded file, or a diffusers folder."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .folder import files_of_model, indexes_of, read_json, set_of, transformer_folder
 from .safetensors_file import CheckpointError, Header, TensorInfo, read_header
@@ -15,6 +17,8 @@ class Place:
 
     file: Path
     info: TensorInfo
+    read: Callable[[], Any] | None = None
+    """Gives the tensor where it does not lie in the file as it is; `info` then only says how large it is."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _merge(tensors, file, header)
         metadata.update(header.metadata)
     if METADATA_KEY in tensors:
-        metadata.setdefault(METADATA_KEY, _text_of(tensors.pop(METADATA_KEY)))
+        metadata.setdefault(METADATA_KEY, text_of(METADATA_KEY, tensors.pop(METADATA_KEY)))
     _check_index(files, tensors)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
@@ -89,10 +93,13 @@ def _check_index(files: tuple[Path, ...], tensors: dict[str, Place]) -> None:
                                   f"{missing[0]}. Download the shards again")
 
 
-def _text_of(place: Place) -> str:
-    """What a small tensor of bytes says, which stands for metadata in files that ComfyUI's Save nodes wrote."""
+def text_of(name: str, place: Place) -> str:
+    """What a small tensor of bytes says: ComfyUI keeps texts so beside weights.
+
+    Raises CheckpointError for a tensor that is none.
+    """
     if place.info.dtype != "U8" or place.info.numel > 1 << 16:
-        raise CheckpointError(f"{place.file}: found {METADATA_KEY} of {place.info.numel} {place.info.dtype}, wanted up "
+        raise CheckpointError(f"{place.file}: found {name} of {place.info.numel} {place.info.dtype}, wanted up "
                               f"to {1 << 16} U8")
     with open(place.file, "rb") as file:
         file.seek(place.info.start)

@@ -7,8 +7,9 @@ shared memory than its card has, or lacks tensor-core instructions that it shoul
 one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run. "loop" counts the
 instructions of the attention kernel's inner loop, "bound" is what they allow an RTX 4090 at best, in TFLOPS.
 
---fewer: every variant of the attention kernel for sm_89 and sm_90 only, and of each kernel for every card the one that
-holds most. What differs between variants is told by those two cards, what differs between cards by that one.
+--fewer: every variant of the attention kernel for sm_89 and head_dim 128 only, those whose speed is compared for
+head_dim 64 too, and of each kernel for every card the one that holds most. What differs between variants is told by
+that one card, what differs between cards by that one variant.
 
 --candidates: instead, every launch that `make tune` would measure, for the attention kernel as it holds most. The last
 column marks the table's entry, what spills and what the card has no room for; neither fails.
@@ -62,8 +63,8 @@ class Card(NamedTuple):
 
 CARDS = {(8, 0): Card(163, 2048, 32), (8, 6): Card(99, 1536, 16), (8, 9): Card(99, 1536, 24),
          (9, 0): Card(227, 2048, 32), (12, 0): Card(99, 1536, 24)}
-EVERY_VARIANT = (8, 9), (9, 0)
-"""Cards for which `--fewer` leaves nothing out."""
+EVERY_VARIANT, COMPARED = (8, 9), ("gather far", "int8 gather far")
+"""The card for which `--fewer` compiles every variant at head_dim 128, and those that it compiles at 64 as well."""
 
 
 def name(capability):
@@ -86,8 +87,10 @@ def fewer_entries(card):
     """Of `entries` those that `--fewer` compiles."""
     for entry in entries(card):
         _, kernel, size, dtype, variant = entry
-        most = variant in MOST if kernel == "block_sparse_forward" else size in (128, ROWS[-1])
-        if dtype != "fp16" and (most or card in EVERY_VARIANT) or card in EVERY_VARIANT and most and size == 128:
+        every, most = card == EVERY_VARIANT, size in (128, ROWS[-1])
+        if kernel == "block_sparse_forward":
+            most, every = variant in MOST, every and (size == 128 or variant in COMPARED)
+        if dtype != "fp16" and (most or every) or dtype == "fp16" and card == EVERY_VARIANT and most and size == 128:
             yield entry
 
 
@@ -228,7 +231,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=[name(card) for card in CARDS], help="default: all of them")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--fewer", action="store_true", help="all variants for two cards only")
+    which.add_argument("--fewer", action="store_true", help="all variants for one card only")
     which.add_argument("--candidates", action="store_true", help="compile what `make tune` would measure instead")
     parser.add_argument("--sizes", nargs="+", type=int, help="head dims and row lengths to compile, default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")

@@ -46,6 +46,31 @@ def wrapped(state_dict):
             for name, value in state_dict.items()}
 
 
+def quantised(state):
+    """(the weights of the blocks' linear layers as TurboDiffusion's int8 with a scale for every 128 x 128 of them, the
+    bf16 weights that those stand for)."""
+    import torch
+    out, stood_for = {}, {}
+    for name, tensor in state.items():
+        linear = name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2 and "proj_l" not in name
+        if not linear:
+            out[name] = stood_for[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        scale = torch.empty(-(-rows // 128), -(-columns // 128))
+        numbers, weight = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, columns)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                part = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                scale[i, j] = tensor[part].float().abs().max() / 128
+                numbers[part] = (tensor[part].float() / scale[i, j]).round().clamp(-128, 127).to(torch.int8)
+                weight[part] = numbers[part].float() * scale[i, j]
+        stem = name.removesuffix(".weight")
+        out |= {f"{stem}.int8_weight": numbers, f"{stem}.scale": scale}
+        stood_for[name] = weight.bfloat16()
+    return out, stood_for
+
+
 def _file(state_dict, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     save(state_dict, folder / name, {"text_dim": TEXT_DIM})

@@ -20,8 +20,9 @@ QUERY = 1, 4, 3
 FAMILIES = {
     "wan_t2v_14b": ("Wan 2.1 14B", (12, 52, 110)), "wan_t2v": ("Wan 2.1", (18, 78, 138)),
     "wan_i2v": ("Wan 2.1 14B", (28, 104, 168)), "wan_sta": ("Wan 2.1", (52, 66, 92)),
+    "wan_vsa": ("Wan 2.1", (52, 66, 92)),
     "wan22": ("Wan 2.2 14B", (70, 52, 140)), "fastwan": ("FastWan", (166, 92, 20)),
-    "turbowan": ("TurboWan", (14, 112, 122)),
+    "turbowan22": ("TurboWan 2.2", (20, 88, 128)), "turbowan": ("TurboWan", (14, 112, 122)),
     "hunyuan_video15": ("HunyuanVideo 1.5", (25, 110, 84)), "ltx2": ("LTX-2", (132, 62, 120)),
     "minimax_h3": ("MiniMax H3", (158, 46, 58)),
 }
@@ -29,7 +30,8 @@ FAMILIES = {
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
 EXTRAS = {"4step": "4 steps", "3step": "3 steps", "attach_gates": "gates attached", "720p": "720p",
           "long": "20 seconds", "ltx2": "sound", "minimax": "sound",
-          "strategy_search": "search a strategy", "strategy_load": "use a strategy"}
+          "strategy_search": "search a strategy", "strategy_load": "use a strategy", "calibrated": "use a calibration",
+          "vsa_calibrate": "calibrate"}
 WINDOWS = ((18, 78, 138), (86, 142, 196), (176, 206, 232), (238, 178, 74), (226, 74, 51))
 """Colours of a strategy's windows, small to large."""
 
@@ -166,7 +168,7 @@ def card(name):
     draw.text((360, 286), f"{frames} frames", fill=INK, font=font(42))
     if task.startswith(TASKS["i2v"]):
         draw_image_sign(draw, 516, 104)
-    if name.endswith("strategy_search"):
+    if name.endswith(("strategy_search", "calibrate", "calibrated")):
         draw_strategy(draw, 36, 384, name)
     elif name.endswith("strategy_load"):
         draw_heads(draw, 34, 378, 30)

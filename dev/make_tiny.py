@@ -10,6 +10,7 @@ widths) travels in the file's metadata as {"transformer": {...}}.
 Besides the plain families (see BUILDERS), made from the weights of tiny_wan_t2v:
   tiny_wan_vsa.safetensors   the same keys plus random VSA gates blocks.N.to_gate_compress.{weight,bias}
   tiny_wan_sla.safetensors   the same keys plus random SLA projections, under TurboDiffusion's names
+  tiny_wan22_i2v_sla.safetensors   such a model that takes a start image as Wan 2.2 does
   tiny_fastwan_diffusers/    the same weights and gates as a diffusers WanTransformer3DModel folder
 """
 import argparse
@@ -17,6 +18,7 @@ import importlib
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from comfy_boot import PACK, boot, version
@@ -44,8 +46,8 @@ def build_hunyuan(heads=1, **kw):
     return hunyuan.HunyuanVideo(**{**config, **kw}, **common()), None
 
 
-def build_hunyuan15(in_channels=65):
-    return build_hunyuan(in_channels=in_channels, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None,
+def build_hunyuan15(in_channels=65, heads=1):
+    return build_hunyuan(heads, in_channels=in_channels, patch_size=[1, 1, 1], out_channels=32, vec_in_dim=None,
                          depth_single_blocks=0, guidance_embed=False, use_cond_type_embedding=True, vision_in_dim=1152,
                          meanflow_sum=True)
 
@@ -67,62 +69,66 @@ def build_ltxav(heads=2, head_dim=32, audio_head_dim=16):
     return ltxav.LTXAVModel(**config, **common()), config
 
 
-def build_kandinsky5():
+def build_kandinsky5(heads=2):
     import comfy.ldm.kandinsky5.model as kandinsky
-    return kandinsky.Kandinsky5(in_text_dim=3584, in_text_dim2=768, time_dim=32, model_dim=128, ff_dim=64,
+    return kandinsky.Kandinsky5(in_text_dim=3584, in_text_dim2=768, time_dim=32, model_dim=64 * heads, ff_dim=64,
                                 visual_embed_dim=132, num_text_blocks=1, num_visual_blocks=2,
                                 axes_dims=(16, 24, 24), **common()), None
 
 
-def build_cogvideox(**kw):
+def build_cogvideox(heads=2, **kw):
     import comfy.ldm.cogvideo.model as cogvideo
     return cogvideo.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=64, in_channels=16, out_channels=16, time_embed_dim=32,
+        num_attention_heads=heads, attention_head_dim=64, in_channels=16, out_channels=16, time_embed_dim=32,
         text_embed_dim=TEXT_DIM, num_layers=2, patch_size=2, use_rotary_positional_embeddings=True, **common(),
         **kw), None
 
 
-def build_minimax_h3():
+def build_minimax_h3(heads=2):
     import comfy.ldm.minimax.model as minimax
     return minimax.MiniMaxH3Model(
-        hidden_size=128, num_layers=2, token_refiner_num_layers=1, num_attention_heads=2, attention_head_dim=128,
+        hidden_size=128, num_layers=2, token_refiner_num_layers=1, num_attention_heads=heads, attention_head_dim=128,
         ffn_hidden_size=64, text_dim=TEXT_DIM, timestep_input_dim=32, time_embed_hidden_size=32, time_embed_dim=32,
         **common()), None
 
 
 # File stem: builder. The position is the seed of the weights, so append, do not reorder.
 BUILDERS = {
-    "tiny_wan_t2v": lambda: build_wan(heads=2),
-    "tiny_wan22_ti2v": lambda: build_wan(in_dim=48, out_dim=48),
+    "tiny_wan_t2v": partial(build_wan, heads=2),
+    "tiny_wan22_ti2v": partial(build_wan, in_dim=48, out_dim=48),
     "tiny_hunyuan_video": build_hunyuan,
     "tiny_ltxv": build_ltxv,
-    "tiny_wan_vace": lambda: build_wan(cls="VaceWanModel", layers=4, vace_layers=2, vace_in_dim=96),
-    "tiny_wan_i2v": lambda: build_wan(model_type="i2v", in_dim=36),
-    "tiny_wan_ref": lambda: build_wan(in_dim_ref_conv=16),
+    "tiny_wan_vace": partial(build_wan, cls="VaceWanModel", layers=4, vace_layers=2, vace_in_dim=96),
+    "tiny_wan_i2v": partial(build_wan, model_type="i2v", in_dim=36),
+    "tiny_wan_ref": partial(build_wan, in_dim_ref_conv=16),
     "tiny_hunyuan_video15": build_hunyuan15,
     "tiny_kandinsky5": build_kandinsky5,
     "tiny_cogvideox": build_cogvideox,
     "tiny_minimax_h3": build_minimax_h3,
-    "tiny_wan_flf": lambda: build_wan(model_type="i2v", in_dim=36, flf_pos_embed_token_number=14),   # real: 2 x 257
-    "tiny_wan_camera": lambda: build_wan(cls="CameraWanModel", model_type="camera_2.2", in_dim=36),
-    "tiny_wan_s2v": lambda: build_wan(cls="WanModel_S2V", model_type="s2v"),
-    "tiny_wan_scail": lambda: build_wan(cls="SCAILWanModel", model_type="scail", in_dim=20),
-    "tiny_wan_scail2": lambda: build_wan(cls="SCAIL2WanModel", model_type="scail2", in_dim=20),
-    "tiny_wan_animate2": lambda: build_wan(cls="WanAnimate2Model", module="model_animate2", model_type="animate2",
-                                           in_dim=36, named="animate2"),
-    "tiny_wan_dancer": lambda: build_wan(cls="WanDancerModel", module="model_wandancer", model_type="wandancer",
-                                         in_dim=36),
-    "tiny_wan_flow_rvs": lambda: build_wan(named="flow_rvs"),
-    "tiny_wan_causal": lambda: build_wan(named_also={"causal_ar": True}),
+    "tiny_wan_flf": partial(build_wan, model_type="i2v", in_dim=36, flf_pos_embed_token_number=14),   # real: 2 x 257
+    "tiny_wan_camera": partial(build_wan, cls="CameraWanModel", model_type="camera_2.2", in_dim=36),
+    "tiny_wan_s2v": partial(build_wan, cls="WanModel_S2V", model_type="s2v"),
+    "tiny_wan_scail": partial(build_wan, cls="SCAILWanModel", model_type="scail", in_dim=20),
+    "tiny_wan_scail2": partial(build_wan, cls="SCAIL2WanModel", model_type="scail2", in_dim=20),
+    "tiny_wan_animate2": partial(build_wan, cls="WanAnimate2Model", module="model_animate2", model_type="animate2",
+                                 in_dim=36, named="animate2"),
+    "tiny_wan_dancer": partial(build_wan, cls="WanDancerModel", module="model_wandancer", model_type="wandancer",
+                               in_dim=36),
+    "tiny_wan_flow_rvs": partial(build_wan, named="flow_rvs"),
+    "tiny_wan_causal": partial(build_wan, named_also={"causal_ar": True}),
     "tiny_ltxav": build_ltxav,
-    "tiny_cogvideox15": lambda: build_cogvideox(patch_size_t=2),
-    "tiny_hunyuan_i2v": lambda: build_hunyuan(in_channels=33),
-    "tiny_wan_fun": lambda: build_wan(model_type="i2v", in_dim=48),
-    "tiny_hunyuan15_sr": lambda: build_hunyuan15(in_channels=98),
+    "tiny_cogvideox15": partial(build_cogvideox, patch_size_t=2),
+    "tiny_hunyuan_i2v": partial(build_hunyuan, in_channels=33),
+    "tiny_wan_fun": partial(build_wan, model_type="i2v", in_dim=48),
+    "tiny_hunyuan15_sr": partial(build_hunyuan15, in_channels=98),
 }
 # Made from the weights of tiny_wan_t2v.
 DERIVED = {"tiny_wan_vsa": "tiny_wan_vsa.safetensors", "tiny_fastwan_diffusers": "tiny_fastwan_diffusers",
-           "tiny_wan_sla": "tiny_wan_sla.safetensors"}
+           "tiny_wan_sla": "tiny_wan_sla.safetensors", "tiny_wan22_i2v_sla": "tiny_wan22_i2v_sla.safetensors",
+           "tiny_wan_vsa_wide": "tiny_wan_vsa_wide.safetensors", "tiny_wan_sla_wide": "tiny_wan_sla_wide.safetensors"}
+WIDE = "_wide"
+"""Behind any name: that model with WIDE_HEADS heads."""
+WIDE_HEADS = 3
 
 
 def common():
@@ -232,14 +238,16 @@ def make(name, folder):
     if current(name, folder):
         return current(name, folder)
     path = Path(folder) / DERIVED.get(name, f"{name}.safetensors")
+    wide, name = name.endswith(WIDE), name.removesuffix(WIDE)
     base = "tiny_wan_t2v" if name in DERIVED else name
     try:
-        model, transformer = BUILDERS[base]()
+        builder = partial(build_wan, in_dim=36) if name == "tiny_wan22_i2v_sla" else BUILDERS[base]
+        model, transformer = builder(heads=WIDE_HEADS) if wide else builder()
     except (ImportError, AttributeError, TypeError) as error:
         raise Unavailable(f"this ComfyUI has no model for {name}: {error}") from error
     fill(model, list(BUILDERS).index(base) + 1)
     state_dict = model.state_dict()
-    if name == "tiny_wan_sla":
+    if name.endswith("_sla"):
         from make_sla_checkpoints import with_projections
         state_dict = with_projections(state_dict)
     elif name in DERIVED:

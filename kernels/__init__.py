@@ -15,6 +15,7 @@ from . import cuda_sm90, far_start, gathered, reference, reference_int8, tile_op
 from .choice import AUTO, choose, refusal
 from .contest import Contest, Span
 from .namespace import NAMESPACE
+from .no_backward import refuse_backward
 from .proofs import PROOFS, PROVE_COMMAND, words
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable, NoKernel, listed
 from .tile_grid import TileGrid
@@ -211,3 +212,6 @@ def _(q, k, v, indices, counts, block_sizes, scale, backend, return_lse,
     batch, slots, heads, _ = q.shape
     lse = (batch, heads, slots) if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+
+
+refuse_backward(_block_sparse_attention, "block_sparse_attention")

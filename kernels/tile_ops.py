@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference, reference_tiles, triton
 from .choice import AUTO, choose
 from .namespace import NAMESPACE
+from .no_backward import refuse_backward
 from .proofs import PROOFS
 from .spec import BLOCK, Call, KernelSpec, KernelUnusable
 
@@ -112,6 +113,9 @@ def _(parts, token_rows, tiles, blocks_per_tile, backend):
     batch, _, heads, dim = parts[0].shape
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     return parts[0].new_empty((len(parts), batch, heads, tiles, dim), dtype=dtype)
+
+
+refuse_backward(_tile_means, "tile_means")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::select_tiles", mutates_args=(), schema=(

@@ -33,10 +33,14 @@ METHODS = {
     "raster_far": ("runs of 64 tokens + far field", {"tile_size": "1x4x16", "far_field": "on"}),
     "far": ("tiles + far field", {"tile_size": "4x4x4", "far_field": "on"}),
     "mass": ("tiles by mass", {"tile_size": "4x4x4", "attention_mass": 0.999}),     # as many as sparsity allows
+    "spread": ("tiles + far field, spread by noise", {"tile_size": "4x4x4", "far_field": "on", "spread": "by noise"}),
+    "calibrated": ("calibrated budgets + far field", {}),
     "both": ("tiles by mass + far field", {"tile_size": "4x4x4", "attention_mass": 0.999, "far_field": "on"}),
 }
 PRESETS = ("safe", "balanced", "fast")
 """Of the VSA node, everything else as a new node has it."""
+CALIBRATED_ON = 20_000
+"""The seed of the clip that budgets are measured on: none that is judged."""
 DENSE = Case("dense")
 FLOOR = (Case("bf16 attention"), Case("other seed"))
 
@@ -57,6 +61,11 @@ def sample(clips, case, seed):
         model.model_options["transformer_options"]["optimized_attention_override"] = clips.rounded
         return clips.sample(model, seed), {}
     if case.method in PRESETS:
-        return clips.sparse(model, seed, sparsity=0.8, preset=case.method, far_field="auto")
+        return clips.sparse(model, seed, sparsity=0.8, preset=case.method, far_field="auto", spread="auto")
+    if case.method == "calibrated":
+        kept = round(case.keep / 100 * TILES) / TILES
+        work = (case.dense + (STEPS - case.dense) * kept) / STEPS
+        return clips.sparse(model, seed, sparsity=0.0, far_field="on", start_percent=0.0, preset="custom",
+                            tile_size="4x4x4", strategy=clips.calibrated(model, CALIBRATED_ON, work, STEPS))
     return clips.sparse(model, seed, sparsity=1 - round(case.keep / 100 * TILES) / TILES,
                         start_percent=case.dense / STEPS, **METHODS[case.method][1])

@@ -71,7 +71,7 @@ def judged(seed, path, dense_path):
     return {"error": judge.relative(kept["latent"], dense["latent"]), **judge.likeness(reference, rgb),
             "content": judge.content(rgb) == judge.content(reference), "count": asked.count_right,
             "kinds": asked.kinds, "flicker": judge.flicker(rgb) / judge.flicker(reference),
-            "density": kept.get("density"), "sparse_steps": kept.get("sparse_steps"), "seconds": kept["seconds"]}
+            **{key: kept.get(key) for key in ("density", "sparse_steps", "seconds", "work")}}
 
 
 def row(case, results):
@@ -81,13 +81,15 @@ def row(case, results):
     density = [r["density"] for r in results if r["density"] is not None]
     steps = results[0]["sparse_steps"]
     dense = case.dense if steps is None else methods.STEPS - steps
-    return [case.title, str(dense), f"{statistics.mean(density):.1%}" if density else "", f"{middle['error']:.3f}",
+    work = [r["work"] for r in results if r["work"] is not None]
+    return [case.title, str(dense), f"{statistics.mean(density):.1%}" if density else "",
+            f"{statistics.mean(work):.1%}" if work else "", f"{middle['error']:.3f}",
             f"{middle['psnr']:.1f}", f"{middle['ssim']:.3f}", f"{kept / n:.0%} ({low:.0%}-{high:.0%})",
             f"{sum(r['count'] for r in results) / n:.0%}", f"{middle['flicker']:.2f}", str(n)]
 
 
-HEAD = ["method", "dense steps", "pairs computed", "latent error", "PSNR", "SSIM", "content of dense kept",
-        "count as asked", "flicker", "clips"]
+HEAD = ["method", "dense steps", "pairs computed", "of dense attention", "latent error", "PSNR", "SSIM",
+        "content of dense kept", "count as asked", "flicker", "clips"]
 
 
 def markdown(rows):

@@ -1,4 +1,5 @@
 """The repository root as package `pack`, and a real ComfyUI for the tests that ask for one."""
+import gc
 import importlib.util
 import os
 import sys
@@ -22,6 +23,13 @@ if "pack" not in sys.modules:
     load_pack()
 
 
+def pytest_collection_finish():
+    """What stands for the whole session is no garbage: ComfyUI asks for a collection with almost every model that it
+    drops, and half a million objects of tests and libraries made one take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory):
     """The root of the ComfyUI that `comfy`, `nodes` and `folder_paths` are imported from in this process."""
@@ -36,6 +44,8 @@ def comfyui(tmp_path_factory):
     comfy_boot.boot(root, "--use-pytorch-cross-attention", "--base-directory", str(base))
     import comfy.utils
     comfy.utils.set_progress_bar_enabled(False)
+    gc.collect()
+    gc.freeze()
     return root
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {"kernels": {"kernels"}, "vsa_core": {"vsa_core", "kernels"}, "checkpoints": {"checkpoints"},
            "nodes": {"nodes", "vsa_core", "kernels", "checkpoints"}}
-NODE_ROOMS = ("strategies", "methods", "trained", "evidence", "hook", "families")
+NODE_ROOMS = ("strategies", "split", "methods", "trained", "evidence", "hook", "families")
 """The rooms of nodes/: each imports from itself and from those behind it."""
 FILES = sorted(path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
 

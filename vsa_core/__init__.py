@@ -6,7 +6,8 @@ from importlib import import_module
 
 _HOMES = {
     "AttentionBackend": ".backends.abstract", "AttentionMetadata": ".backends.abstract",
-    "AttentionMetadataBuilder": ".backends.abstract", "LocalAttention": ".layer", "get_attn_backend": ".selector"}
+    "AttentionMetadataBuilder": ".backends.abstract", "LocalAttention": ".layer", "DistributedAttention": ".layer",
+    "DistributedAttention_VSA": ".layer", "get_attn_backend": ".selector"}
 """The names that fastvideo.attention has at its top, and the modules here that define them."""
 
 __all__ = list(_HOMES)

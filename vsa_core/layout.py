@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,17 +37,23 @@ def get_reverse_tile_partition_indices(dit_seq_shape: Thw, tile_size: Thw, devic
     return torch.argsort(get_tile_partition_indices(dit_seq_shape, tile_size, device))
 
 
+@lru_cache(maxsize=10)
 def construct_variable_block_sizes(
     dit_seq_shape: Thw, num_tiles: Thw, device: torch.device, tile_size: Thw = (4, 4, 4),
 ) -> Tensor:
-    """Tokens in every tile; only the last tile along an axis may be short. int32 [prod(num_tiles)]"""
+    """Tokens in every tile; only the last tile along an axis may be short. int32 [prod(num_tiles)]
+
+    Cached as upstream is, so read only. A last tile that would hold nothing counts as a whole one, as there.
+    """
     per_axis = []
-    for length, count, side in zip(dit_seq_shape, num_tiles, tile_size, strict=True):
-        sizes = torch.full((count,), side, dtype=torch.int32, device=device)
-        sizes[-1] = length - (count - 1) * side
-        per_axis.append(sizes)
-    t, h, w = per_axis
-    return (t[:, None, None] * h[None, :, None] * w[None, None, :]).flatten()
+    with torch.inference_mode(False):       # the cache outlives the mode of whoever asks first
+        for length, count, side in zip(dit_seq_shape, num_tiles, tile_size, strict=True):
+            sizes = torch.full((count,), side, dtype=torch.int32, device=device)
+            last = length - (count - 1) * side
+            sizes[-1] = last if last > 0 else side
+            per_axis.append(sizes)
+        t, h, w = per_axis
+        return (t[:, None, None] * h[None, :, None] * w[None, None, :]).flatten()
 
 
 def get_non_pad_index(variable_block_sizes: Tensor, max_block_size: int) -> Tensor:
@@ -123,7 +130,7 @@ class TileLayout:
         device = torch.device(device)
         tiles = num_tiles(grid.thw, tile_size)
         slots = tile_slots(tile_size)
-        sizes = construct_variable_block_sizes(grid.thw, tiles, device, tile_size)
+        sizes = construct_variable_block_sizes(tuple(grid.thw), tiles, device, tuple(tile_size))
         per_block = [(sizes - first).clamp(0, BLOCK) for first in range(0, slots, BLOCK)]
         block_sizes = torch.stack(per_block, dim=1).flatten()
         partition = get_tile_partition_indices(grid.thw, tile_size, device) + grid.prefix

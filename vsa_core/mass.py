@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..kernels import BLOCK, tile_means
 from .layout import TileLayout
-from .mass_lists import KeptTiles
 
 _SCORE_BYTES = {"cpu": 8 << 20}
 """Bound on the scores held at once: what a CPU holds in its caches. Beside them lie the keys of one head."""
@@ -83,30 +82,32 @@ def pooled_masses(query: Tensor, key: Tensor, layout: TileLayout, scale: float,
     return masses.unflatten(0, shape), others.unflatten(0, shape)
 
 
-def sampled_mass(query: Tensor, key: Tensor, kept: KeptTiles, layout: TileLayout, scale: float, rows: int,
-                 seed: int = 0) -> Tensor:
-    """The share of the attention that lists hold now, exact for `rows` tokens of every head.   -> [], mean of all
+def sampled_masses(query: Tensor, key: Tensor, layout: TileLayout, scale: float, rows: int,
+                   seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax weight of some video tokens that falls into every key tile, and into other tokens: exact.
 
-    query, key: as in `tile_masses`.   seed: other tokens for another one.
+    query, key: as in `tile_masses`.   rows: how many tokens, at most.   seed: other tokens for another one.
+    -> [B, H, n, N] and [B, H, n], float32 (float64 for float64), and the tokens' tiles, int64 [n]
     """
     _require(query, key, layout)
-    slots, tokens = layout.slots_per_tile, layout.grid.num_video_tokens
+    tokens = layout.grid.num_video_tokens
     count = min(rows, tokens)
     places = torch.arange(count, device=query.device) * tokens // count + seed * 7919
     slot = layout.non_pad_index[places % tokens]
-    asking, tile = layout.token_rows[slot], slot // slots
+    asking = layout.token_rows[slot]
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, _, heads, _ = query.shape
-    held, mask = query.new_zeros((), dtype=dtype), kept.mask_of(tile)
+    masses = query.new_empty((batch, heads, count, layout.variable_block_sizes.shape[0]), dtype=dtype)
+    others = query.new_empty((batch, heads, count), dtype=dtype)
     step = max(1, _score_rows(layout, dtype, query.device))
     for b in range(batch):
         for h in range(heads):
             keys, bias = _keys(key[b, :, h], layout, dtype)
             for first in range(0, count, step):
                 part = slice(first, first + step)
-                video, other = _row_masses(query[b, :, h], asking[part], keys, bias, layout, scale)
-                held += (video * mask[b, h, part]).sum() + other.sum()
-    return held / (batch * heads * count)
+                masses[b, h, part], others[b, h, part] = _row_masses(query[b, :, h], asking[part], keys, bias, layout,
+                                                                     scale)
+    return masses, others, slot // layout.slots_per_tile
 
 
 def _require(query: Tensor, key: Tensor, layout: TileLayout) -> None:

@@ -1,4 +1,5 @@
-"""Mask strategies as files: FastVideo's JSON, whose windows count the tiles of one grid, and our own, in fractions.
+"""Strategies as files: FastVideo's JSON, whose windows count the tiles of one grid, and our own, in fractions: windows
+of Sliding Tile Attention, or budgets of Video Sparse Attention.
 
 Every error says what was found and what was wanted.
 """
@@ -9,11 +10,12 @@ import os
 import re
 from pathlib import Path
 
+from .budgets import Budgets, check_kept
 from .grid import Thw
 from .strategy import Strategy
 from .window import check_share, check_window
 
-FORMAT, VERSION = "sliding tile attention strategy", 1
+FORMAT, BUDGET_FORMAT, VERSION = "sliding tile attention strategy", "video sparse attention budgets", 1
 
 UPSTREAM_TILES: tuple[Thw, ...] = ((5, 6, 10), (6, 6, 6), (3, 6, 10))
 """Tiles of 6x8x8 on the grids of FastVideo's published strategies: HunyuanVideo, StepVideo, Wan2.1."""
@@ -21,7 +23,7 @@ UPSTREAM_TILES: tuple[Thw, ...] = ((5, 6, 10), (6, 6, 6), (3, 6, 10))
 _ENTRY = re.compile(r"(0|[1-9]\d{0,6})_(0|[1-9]\d{0,6})_(0|[1-9]\d{0,6})")
 
 
-def load_strategy(path: str | os.PathLike, tiles: Thw | None = None) -> Strategy:
+def load_strategy(path: str | os.PathLike, tiles: Thw | None = None) -> Strategy | Budgets:
     """`parse_strategy` of a file, whose name is in the errors."""
     try:
         return parse_strategy(Path(path).read_text(encoding="utf-8-sig"), tiles)
@@ -29,16 +31,21 @@ def load_strategy(path: str | os.PathLike, tiles: Thw | None = None) -> Strategy
         raise ValueError(f"{Path(path).name}: {error}") from error
 
 
-def save_strategy(strategy: Strategy, path: str | os.PathLike, tiles: Thw | None = None) -> None:
-    """Write a file in our own form or, with `tiles`, in FastVideo's for a grid of so many tiles; whole or not."""
+def save_strategy(strategy: Strategy | Budgets, path: str | os.PathLike, tiles: Thw | None = None) -> None:
+    """Write a file in our own form or, with `tiles`, in FastVideo's for a grid of so many tiles; whole or not.
+
+    Raises ValueError for budgets with `tiles`: FastVideo's form has windows only.
+    """
+    if tiles is not None and isinstance(strategy, Budgets):
+        raise ValueError("budgets have no form of FastVideo's: leave grid_tiles empty")
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.write_text(to_json(strategy) if tiles is None else to_upstream_json(strategy, tiles), encoding="utf-8")
     part.replace(path)
 
 
-def parse_strategy(text: str, tiles: Thw | None = None) -> Strategy:
-    """The strategy that a text of either form holds.
+def parse_strategy(text: str, tiles: Thw | None = None) -> Strategy | Budgets:
+    """The strategy that a text of any form holds.
 
     tiles: the grid, in tiles, that windows in FastVideo's form count on. None: the published grid that the widest
     window spans; when none fits, the text alone does not say how large a window is, and this raises.
@@ -57,12 +64,17 @@ def parse_strategy(text: str, tiles: Thw | None = None) -> Strategy:
     return _parse_own(data) if "format" in data else _parse_upstream(data, tiles)
 
 
-def to_json(strategy: Strategy) -> str:
-    """Our own form: windows as fractions of the grid, and for every step and layer the heads' window numbers."""
+def to_json(strategy: Strategy | Budgets) -> str:
+    """Our own form: windows as fractions of the grid, or shares of the tiles, and for every step and layer the numbers
+    of the heads' windows or shares."""
+    if isinstance(strategy, Budgets):
+        form, choices = BUDGET_FORMAT, {"far_field": strategy.far_field, "shares": strategy.shares}
+    else:
+        form, choices = FORMAT, {"windows": strategy.windows}
     return json.dumps({
-        "format": FORMAT, "version": VERSION, "model": strategy.model, "steps": strategy.steps,
+        "format": form, "version": VERSION, "model": strategy.model, "steps": strategy.steps,
         "layers": strategy.layers, "heads": strategy.heads, "grid": strategy.grid, "tile": strategy.tile,
-        "windows": strategy.windows, "assignment": strategy.assignment}, separators=(",", ":"))
+        **choices, "assignment": strategy.assignment}, separators=(",", ":"))
 
 
 def to_upstream_json(strategy: Strategy, tiles: Thw) -> str:
@@ -123,27 +135,34 @@ def _upstream_tiles(windows, tiles: Thw | None) -> Thw:
     return tiles
 
 
-def _parse_own(data: dict) -> Strategy:
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']!r}: wanted {FORMAT!r}")
+def _parse_own(data: dict) -> Strategy | Budgets:
+    if data["format"] not in (FORMAT, BUDGET_FORMAT):
+        raise ValueError(f"format {data['format']!r}: wanted {FORMAT!r} or {BUDGET_FORMAT!r}")
     if data.get("version") != VERSION:
         raise ValueError(f"version {data.get('version')!r} of the strategy's format: this reads {VERSION}. "
                          "A newer file needs a newer node pack")
-    absent = [name for name in ("steps", "layers", "heads", "windows", "assignment") if name not in data]
+    named, check = ("windows", check_share) if data["format"] == FORMAT else ("shares", check_kept)
+    wanted = ("steps", "layers", "heads", named, "assignment")
+    absent = [name for name in wanted if name not in data]
     if absent:
-        raise ValueError(f"strategy without {', '.join(absent)}: wanted all of steps, layers, heads, windows, "
-                         "assignment")
-    windows, table = data["windows"], data["assignment"]
-    if not isinstance(windows, list) or not windows:
-        raise ValueError(f"windows {windows!r}: wanted a list of three fractions each")
+        raise ValueError(f"strategy without {', '.join(absent)}: wanted all of {', '.join(wanted)}")
+    choices, table = data[named], data["assignment"]
+    if not isinstance(choices, list) or not choices:
+        of = "three fractions each" if named == "windows" else "numbers above 0 and at most 1"
+        raise ValueError(f"{named} {choices!r}: wanted a list of {of}")
     if not isinstance(table, list) or not all(isinstance(rows, list) and all(isinstance(row, list) for row in rows)
                                               for rows in table):
-        raise ValueError("assignment: wanted a list of steps of layers of heads' window numbers")
+        raise ValueError(f"assignment: wanted a list of steps of layers of heads' {named[:-1]} numbers")
     model = data.get("model") or ""
     if not isinstance(model, str):
         raise ValueError(f"model {model!r}: wanted a name")
-    sides = {name: None if data.get(name) is None else _whole(name, data[name]) for name in ("grid", "tile")}
-    strategy = Strategy(tuple(check_share(share) for share in windows), table, model=model, **sides)
+    facts = {name: None if data.get(name) is None else _whole(name, data[name]) for name in ("grid", "tile")}
+    kind = Strategy
+    if named == "shares":
+        kind, facts["far_field"] = Budgets, data.get("far_field", False)
+        if not isinstance(facts["far_field"], bool):
+            raise ValueError(f"far_field {facts['far_field']!r}: wanted true or false")
+    strategy = kind(tuple(check(choice) for choice in choices), table, model=model, **facts)
     said = tuple(data[name] for name in ("steps", "layers", "heads"))
     found = (strategy.steps, strategy.layers, strategy.heads)
     if said != found:

@@ -21,6 +21,9 @@ SLACK = Fraction(1, 1000)
 """Part of a tile by which a window may fall short of a fraction: 0.667 of three tiles is two, not three."""
 
 
+_BISECTIONS = 30
+
+
 def check_window(window, axes: str = "thw") -> Thw:
     """The window as three whole tiles. Raises ValueError for anything else: found, wanted."""
     if not isinstance(window, (list, tuple)) or len(window) != 3:
@@ -98,6 +101,21 @@ def window_density(grid: TokenGrid, tile_size: Thw, window: Thw) -> float:
     pairs = (math.prod(_axis_pairs(*axis) for axis in zip(grid.thw, tile_size, window, strict=True))
              + video * seen_others + grid.num_other_tokens * (video + seen_others))
     return pairs / (grid.num_tokens * (video + seen_others))
+
+
+def window_of_density(grid: TokenGrid, tile_size: Thw, window: Thw, density: float) -> Thw:
+    """The smallest window of the proportions of `window` that computes at least `density`; the whole grid at most."""
+    tiles = num_tiles(grid.thw, tile_size)
+    low, high = 0.0, float(max(tiles))              # times the window: at `high` every axis is whole
+
+    def scaled(factor: float) -> Thw:
+        return effective_window(tuple(max(1, round(factor * width)) for width in window), tiles)
+
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        enough = window_density(grid, tile_size, scaled(middle)) >= density
+        low, high = (low, middle) if enough else (middle, high)
+    return scaled(high)
 
 
 def window_tile_share(tiles: Thw, window: Thw) -> float:

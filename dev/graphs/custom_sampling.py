@@ -161,7 +161,8 @@ TURBOWAN_TEXT = (
 TURBOWAN_FILES = (
     f"[loayrashid/{TURBOWAN}]({hub(f'loayrashid/{TURBOWAN}')}) is a diffusers folder. Only its `transformer` is needed:"
     f"\n\n`hf download loayrashid/{TURBOWAN} --include \"transformer/*\" --local-dir ComfyUI/models/diffusion_models/"
-    f"{TURBOWAN}`\n\nThe `.pth` files of TurboDiffusion itself are not read.")
+    f"{TURBOWAN}`\n\nThe `.pth` files of TurboDiffusion itself become a file of one piece by "
+    "`python -m checkpoints.convert` in this pack's folder.")
 
 
 def turbowan(page):

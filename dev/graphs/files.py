@@ -9,6 +9,7 @@ H3 = "Comfy-Org/MiniMax-H3/resolve/main"
 FASTWAN = "FastWan2.1-T2V-1.3B-Diffusers"
 FASTWAN_FILE = "FastWan2.1-T2V-1.3B.safetensors"
 TURBOWAN = "TurboWan2.1-T2V-1.3B-Diffusers"
+TURBOWAN22 = "TurboWan2.2-I2V-A14B-{}-720P"
 
 UMT5, WAN_VAE = "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan_2.1_vae.safetensors"
 SOURCES = {

@@ -7,7 +7,7 @@ from .notes import MOTION, NEGATIVE, PROMPT, about
 from .page import GREEN
 
 NOISES = ("high", "low")
-HEIGHT, WIDTH = 310, 640
+HEIGHT, WIDTH = 390, 720
 """Height of a sparse node, size of a report: two of each stand above one another."""
 BOTH = "Wan 2.2 has two models, for noisy steps and for the rest. Each has a sparse node and a report of its own."
 LORA = "The LoRAs need four steps and cfg 1. Without them take the graph *{}*, which has 20 steps."

@@ -4,7 +4,7 @@ Adding a family is one file and one line here.
 """
 from __future__ import annotations
 
-from .abstract import ModelCall, VideoFamily, unwrapped
+from .abstract import ModelCall, Stack, VideoFamily, unwrapped
 from .cogvideox import CogVideoX
 from .cosmos import Cosmos
 from .hunyuan_video import HunyuanVideo
@@ -15,7 +15,7 @@ from .mochi import Mochi
 from .refused import REFUSED, refusal
 from .wan import Wan
 
-__all__ = ["FAMILIES", "REFUSED", "ModelCall", "VideoFamily", "family_of"]
+__all__ = ["FAMILIES", "REFUSED", "ModelCall", "Stack", "VideoFamily", "family_of"]
 
 FAMILIES: tuple[VideoFamily, ...] = (
     Wan(), HunyuanVideo(), LtxVideo(), CogVideoX(), Mochi(), Cosmos(), Kandinsky5(), MiniMaxH3())

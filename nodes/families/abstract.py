@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...vsa_core.grid import Thw, TokenGrid
@@ -50,6 +50,30 @@ class ModelCall:
         return UNKNOWN_TOKENS
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Transformer blocks that run one after the other on one sequence of tokens, as several cards may share it."""
+
+    blocks: Sequence
+    tokens: tuple[str, ...]
+    """Arguments of a block that hold the sequence, in the order in which its attention joins them."""
+    axis: int = 1
+    """Of the tokens in them and in what a block returns."""
+    along: Mapping[str, tuple[str | None, int]] = field(default_factory=dict)
+    """Other arguments, or tuples of them, that may have a row per token -> whose tokens, None: those of the joined
+    sequence, and along which axis."""
+    per_frame: Mapping[str, int] = field(default_factory=dict)
+    """Those of them that may have a row per frame in place of one per token -> how many dimensions they have then."""
+    ranges: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that name ranges of tokens, [(start, stop or None, ...), ...] -> whose."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that cannot be shared, unless they are None -> what they are to a user."""
+    returns: tuple[str, ...] = ()
+    """Which of `tokens` a block returns, in this order; () for one tensor."""
+    until: Any = None
+    """The module whose first argument is the whole sequence again; None: whatever comes after the last block."""
+
+
 class VideoFamily(Protocol):
     """One family. Its methods look at shapes and names; where a value of a tensor is needed, its file says why."""
 
@@ -80,6 +104,12 @@ class VideoFamily(Protocol):
 
         options: the call's transformer_options.   heads: the call's number of heads and head_dim.
         """
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        """The blocks whose tokens several cards may share with an exact result, or why there are none."""
+
+
+NOT_TRIED = "not tried on several cards yet"
 
 
 def unwrapped(net):

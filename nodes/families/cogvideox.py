@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, video_thw
+from .abstract import ModelCall, Stack, built_on, length, present, unwrapped, video_thw
 
 
 class CogVideoX:
@@ -27,6 +27,11 @@ class CogVideoX:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return running, len(net.blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        names = "encoder_hidden_states", "hidden_states"
+        return (Stack(unwrapped(net).blocks, names, along={"image_rotary_emb": ("hidden_states", 0)},
+                      returns=("hidden_states", "encoder_hidden_states")),)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), (net.patch_size_t or 1, net.patch_size, net.patch_size),

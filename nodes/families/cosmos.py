@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, video_thw
+from .abstract import NOT_TRIED, ModelCall, Stack, built_on, length, present, video_thw
 
 
 class Cosmos:
@@ -26,6 +26,9 @@ class Cosmos:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return (options.get("block_index") if running is None else running), len(net.blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        return f"{self.name} is {NOT_TRIED}"
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), (net.patch_temporal, net.patch_spatial, net.patch_spatial),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import UNKNOWN_TOKENS, ModelCall, built_on, length, present, token_grid, video_thw
+from .abstract import UNKNOWN_TOKENS, ModelCall, Stack, built_on, length, present, token_grid, unwrapped, video_thw
 
 
 class HunyuanVideo:
@@ -33,6 +33,12 @@ class HunyuanVideo:
         if running is None and (running := options.get("block_index")) is not None:
             running += doubles * (options.get("block_type") == "single")
         return running, doubles + len(net.single_blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        net = unwrapped(net)
+        double = Stack(net.double_blocks, ("txt", "img"), along={"pe": (None, 2)}, returns=("img", "txt"),
+                       ranges={"modulation_dims_img": "img", "modulation_dims_txt": "txt"})
+        return double, Stack(net.single_blocks, ("x",), along={"pe": ("x", 2)}, ranges={"modulation_dims": "x"})
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         patch = tuple(net.patch_size)

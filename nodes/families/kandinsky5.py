@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, video_thw
+from .abstract import ModelCall, Stack, built_on, length, present, unwrapped, video_thw
 
 
 class Kandinsky5:
@@ -28,6 +28,10 @@ class Kandinsky5:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return (options.get("block_index") if running is None else running), len(net.visual_transformer_blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        along = {"freqs": ("visual_embed", 1)}
+        return (Stack(unwrapped(net).visual_transformer_blocks, ("visual_embed",), along=along),)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         return ModelCall(video_thw(latent_shape), tuple(net.patch_size), frozenset({length(context)} - {0}),

@@ -14,7 +14,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import NOT_THE_CLIP, ModelCall, built_on, length, present, video_shape, video_thw
+from .abstract import (
+    NOT_THE_CLIP,
+    NOT_TRIED,
+    ModelCall,
+    Stack,
+    built_on,
+    length,
+    present,
+    unwrapped,
+    video_shape,
+    video_thw,
+)
 
 
 class LtxVideo:
@@ -31,6 +42,13 @@ class LtxVideo:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return running, len(net.transformer_blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        net = unwrapped(net)
+        if type(net).__name__ != "LTXVModel":
+            return f"{type(net).__name__}, whose blocks join video and audio, is {NOT_TRIED}"
+        return (Stack(net.transformer_blocks, ("x",), along={"timestep": ("x", 1), "pe": ("x", 1)},
+                      unknown={"self_attention_mask": "guides of another strength than 1"}),)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         thw = video_thw(video_shape(latent_shape, conds))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import UNKNOWN_TOKENS, ModelCall, built_on, length, present, video_shape, video_thw
+from .abstract import UNKNOWN_TOKENS, ModelCall, Stack, built_on, length, present, unwrapped, video_shape, video_thw
 
 
 class MiniMaxH3:
@@ -30,6 +30,10 @@ class MiniMaxH3:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return (options.get("block_index") if running is None else running), len(net.blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        along, ranges = {"rope_freqs": ("x", 1)}, {"mod_segments": "x"}
+        return (Stack(unwrapped(net).blocks, ("x",), axis=0, along=along, ranges=ranges),)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         shapes = conds.get("latent_shapes") or ()

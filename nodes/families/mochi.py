@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...vsa_core.grid import TokenGrid
-from .abstract import ModelCall, built_on, length, present, video_thw
+from .abstract import NOT_TRIED, ModelCall, Stack, built_on, length, present, video_thw
 
 _NUM_TOKENS = 256
 """What the host assumes when it is given no mask of the prompt."""
@@ -30,6 +30,9 @@ class Mochi:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return running, len(net.blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        return f"{self.name} is {NOT_TRIED}"
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         text = min(int(conds.get("num_tokens", _NUM_TOKENS)), length(context))

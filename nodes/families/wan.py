@@ -24,8 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...vsa_core.grid import Thw, TokenGrid
-from .abstract import ModelCall, built_on, length, present, token_grid, video_thw
+from .abstract import NOT_TRIED, ModelCall, Stack, built_on, length, present, token_grid, unwrapped, video_thw
 
+_SHARED = ("WanModel", "VaceWanModel", "CameraWanModel", "SCAILWanModel", "SCAIL2WanModel")
+"""Classes that do nothing with the tokens between their blocks."""
 _CONTEXTS = ("clip_fea", "clip_fea_ref", "clip_fea_pose", "context_pose")
 
 
@@ -43,6 +45,17 @@ class Wan:
 
     def layer(self, net, options: dict[str, Any], running: int | None) -> tuple[int | None, int]:
         return (options.get("block_index") if running is None else running), len(net.blocks)
+
+    def stacks(self, net) -> Sequence[Stack] | str:
+        net = unwrapped(net)
+        if type(net).__name__ not in _SHARED:
+            return f"{type(net).__name__} is {NOT_TRIED}"
+        along = {"freqs": ("x", 1), "e": ("x", 1)}
+        main = Stack(net.blocks, ("x",), along=along, per_frame={"e": 4}, until=net.head)
+        if not hasattr(net, "vace_blocks"):
+            return (main,)
+        along = {name: ("c", 1) for name in ("freqs", "e", "x")}
+        return main, Stack(net.vace_blocks, ("c",), along=along, per_frame={"e": 4}, until=net.head)
 
     def observe(self, net, latent_shape: tuple[int, ...], context, conds: dict[str, Any]) -> ModelCall:
         contexts = {length(x) for x in (context, *map(conds.get, _CONTEXTS))} - {0}

@@ -48,7 +48,8 @@ class Watch:
         self.launches: list[Launch] = []
         self.layout: TileLayout | None = None
         self.adds = False
-        """Whether the call adds a trained branch: then dense attention is not what it is to be compared with."""
+        """Whether the model was trained for it, with a branch that it adds or without: then dense attention is not what
+        it is to be compared with."""
 
     def reads(self, heads: slice, indices: Tensor, counts: Tensor, layout: TileLayout) -> None:
         """The lists of one launch, as `AttentionImpl.on_lists` tells them."""
@@ -117,6 +118,11 @@ class Closeness:
                     head = None if watch.heads is None else watch.heads.start + place.head
                     self.tiles.append(Tile(number, watch.layer, head, tokens, kept, None if watch.adds else error))
         self._measured.clear()
+
+    def add(self, other: Closeness) -> None:
+        """What another thread of the same run has measured counts too."""
+        self._measured += other._measured
+        other._measured.clear()
 
     # -- what it comes to -----------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,9 +23,9 @@ from .beforehand import blocks_that_are_not_there, prove_kernels
 from .chain import hooks_from
 from .layout import from_bshd, to_bshd
 from .masks import hide_masked
-from .method import CompletesDense, LayerCall, Method, Step
+from .method import CompletesDense, LayerCall, Method, PlansItsStart, Step
 from .place_of_run import executing
-from .places import is_compiled, place_in_schedule
+from .places import is_compiled, noise_of_schedule, place_in_schedule
 from .run import DENSE, OTHER, SPARSE, Run
 from .settings import FEW_STEPS, Settings
 from .sparse_calls import SparseCalls
@@ -126,6 +127,10 @@ class SparseAttentionHook:
             self._run, self._run_is_implicit = self._new_run(), True
         return self._run
 
+    def note(self, text: str) -> None:
+        """Have the run that is in progress say this, once."""
+        self._current_run().here().note(text)
+
     def _new_run(self) -> Run:
         run = Run(self.method.name, self.settings.backend, *executing())
         run.warnings += self.warnings
@@ -151,15 +156,15 @@ class SparseAttentionHook:
         if self not in hooks_from(found, options):
             options[self._previous_key], options[OVERRIDE] = found, self.override
             if found is not None:
-                self._current_run().note("a node behind this one had taken the attention over: it now computes what "
-                                         "stays dense")
+                self._current_run().here().note("a node behind this one had taken the attention over: it now computes "
+                                                "what stays dense")
 
     def _apply_model(self, executor, x, t, *args, **kwargs):
         """Note the grid and the schedule of this forward pass where the attention calls find them."""
         args = list(args)
         c_crossattn = args[1] if len(args) > 1 else kwargs.get("c_crossattn")
         options = args[3] if len(args) > 3 else kwargs.get("transformer_options", {})
-        base, run = executor.class_obj, self._current_run()
+        base, run = executor.class_obj, self._current_run().here()
         try:
             call = self.family.observe(base.diffusion_model, tuple(x.shape), c_crossattn, kwargs)
         except Exception as error:
@@ -171,7 +176,9 @@ class SparseAttentionHook:
         to_sigma = base.model_sampling.percent_to_sigma
         place = place_in_schedule(sigma, options.get("sample_sigmas"), to_sigma)
         number = run.begin_pass(*place)
-        step = Step(run, base.diffusion_model, call, self._scheduled(run, sigma, to_sigma, *place), number, *place)
+        noise = noise_of_schedule(options.get("sample_sigmas"), place[1], base.model_sampling)
+        step = Step(run, base.diffusion_model, call, self._scheduled(run, sigma, to_sigma, *place), number, *place,
+                    noise)
         token, seen = f"{run.steps}.{next(_numbers)}", run.seen
         options = {**options, self._step_key: token}
         self._take_top(options)
@@ -189,9 +196,33 @@ class SparseAttentionHook:
         finally:
             del self._steps[token]
 
+    @contextmanager
+    def on_card(self, options: dict, net, heads: range | None, run: Callable[[Run], Run] = lambda run: run,
+                ) -> Iterator[dict]:
+        """The transformer_options under which a copy of the model computes these heads of the pass that is running.
+
+        net: its diffusion model.   heads: None for all.   run: which part of the pass's run counts its calls.
+        """
+        step = self._steps.get(options.get(self._step_key))
+        if step is None:
+            yield options
+            return
+        token = f"{options[self._step_key]}.{next(_numbers)}"
+        self._steps[token] = replace(step, run=run(step.run), net=net, share=heads, next_head={}, masks=[])
+        try:
+            if net is step.net:
+                yield {**options, self._step_key: token}
+            else:
+                with told_apart(self.family.blocks(net)):
+                    yield {**options, self._step_key: token}
+        finally:
+            del self._steps[token]
+
     def _scheduled(self, run: Run, sigma: float, to_sigma: Callable[[float], float], index: int, total: int) -> bool:
         """Whether the schedule lets a forward pass run sparse, at this step of so many."""
         schedule = self.settings.schedule
+        if isinstance(self.method, PlansItsStart) and self.method.plans_start(total):
+            schedule = replace(schedule, start_percent=0.0)
         holds = schedule.holds(sigma, to_sigma)
         if holds or not self.settings.few_steps or not 0 < index < total <= FEW_STEPS:
             return holds
@@ -281,8 +312,8 @@ class SparseAttentionHook:
     def _tell_those_before(self, options) -> None:
         """Sparse nodes before this one do not see the calls that this one has computed: their runs count them."""
         for hook in hooks_from(self.previous(options), options):
-            if hook is not self and hook._run is not None:
-                hook._run.taken[self.method.name] += 1
+            if hook is not self and (step := hook._steps.get(options.get(hook._step_key))) is not None:
+                step.run.taken[self.method.name] += 1
 
     def previous(self, options):
         """The override that was there before ours, or None."""

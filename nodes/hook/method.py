@@ -63,6 +63,14 @@ class CompletesDense(Protocol):
         [B, S, H, D]; None where that is the dense result itself."""
 
 
+@runtime_checkable
+class PlansItsStart(Protocol):
+    """A method that may itself say how much the first steps keep."""
+
+    def plans_start(self, steps: int) -> bool:
+        """Whether it does in a schedule of so many steps: `start_percent` is not asked then."""
+
+
 @dataclass
 class Step:
     """One forward pass of the model, as its attention calls need it."""
@@ -78,20 +86,26 @@ class Step:
     """Place of this pass's sigma in the sampling schedule, 0 .. total - 1."""
     total: int = 1
     """Steps in the sampling schedule."""
+    noise: tuple[float, ...] = (1.0,)
+    """How much of the latent is noise at each of them, from 0 to 1."""
     next_head: dict[int | None, int] = field(default_factory=dict)
     """Layers whose attention came in part so far -> the head that the next part begins with."""
     masks: list = field(default_factory=list)
     """The attention masks of this pass with the tokens that they hide, see `masks`."""
+
+    share: range | None = None
+    """The heads of every layer that this card computes, None for all."""
 
     def heads_of(self, layer: int | None, heads: int, of: int) -> range | None:
         """Which of a layer's `of` heads a call with `heads` of them computes, None where that is not known.
 
         A host that is short of memory attends with a part of the heads after the other, in their order.
         """
-        first = self.next_head.pop(layer, 0) if heads < of else 0
-        if first + heads > of:
+        own = self.share or range(of)
+        first = self.next_head.pop(layer, own.start) if heads < len(own) else own.start
+        if first + heads > own.stop:
             return None
-        if first + heads < of:
+        if first + heads < own.stop:
             self.next_head[layer] = first + heads
         return range(first, first + heads)
 

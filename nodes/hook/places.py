@@ -1,8 +1,10 @@
 """Where a forward pass stands: in the whole denoising, of which a part is sampled, and in a compiled graph or not."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -38,6 +40,25 @@ def _percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> flo
         else:
             high = middle
     return low
+
+
+def noise_of_schedule(sample_sigmas: Tensor | None, total: int, model_sampling) -> tuple[float, ...]:
+    """How much of the latent is noise at every step of the whole schedule, from 0 to 1.
+
+    Of a schedule that is sampled in part only, the steps are taken as even in time.
+    """
+    if sample_sigmas is not None and len(sample_sigmas) == total + 1:
+        return tuple(noise_share(model_sampling, sigma) for sigma in sample_sigmas.tolist()[:-1])
+    return tuple(noise_share(model_sampling, float(model_sampling.percent_to_sigma(step / total)))
+                 for step in range(total))
+
+
+def noise_share(model_sampling, sigma: float) -> float:
+    """How much of a latent at a sigma is noise, from 0 to 1: the sigma itself for flow models; elsewhere, where a
+    latent is the clip plus sigma times noise, noise's part of the size."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        return min(1.0, sigma)
+    return sigma / math.hypot(1.0, sigma)
 
 
 def is_compiled(net: torch.nn.Module, options: dict) -> bool:

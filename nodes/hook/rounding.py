@@ -31,6 +31,12 @@ class Rounding:
         size = exact.square().sum()
         self._measured.append(((found - exact).square().sum() / torch.where(size > 0, size, 1)).sqrt())
 
+    def add(self, other: Rounding) -> None:
+        """What another thread of the same run has measured counts too."""
+        self._measured += [figure.to(self._measured[0].device if self._measured else figure.device)
+                           for figure in other._measured]
+        other._measured.clear()
+
     def finish(self) -> None:
         if self._measured:
             self.errors = torch.stack(self._measured).tolist()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ class Run:
         self.sampled_step = -1
         self.closeness = Closeness()
         self.rounding = Rounding()
+        self.other_heads = False
+        self._thread, self._lock, self._parts = threading.get_ident(), threading.Lock(), {}
         self._not_finite: list[Tensor] = []
         self._spans: list[tuple[str, Any, Span]] = []
         self._calls_ms: dict[str, list[float]] | None = None
@@ -107,6 +110,21 @@ class Run:
     def said(self) -> list[str]:
         """All that this run has to say besides its numbers, what the user has to see first."""
         return [*self.warnings, *self.notes]
+
+    def here(self) -> Run:
+        """This run as the thread that asks counts in it: several at once would lose one another's calls."""
+        return self if threading.get_ident() == self._thread else self.part(threading.get_ident())
+
+    def part(self, key: Any, other_heads: bool = False) -> Run:
+        """Counters and plans of their own, which `finish` adds to these. key: whose they are, in a user's words.
+
+        other_heads: they are of other heads of the same calls, which are not counted twice.
+        """
+        with self._lock:
+            if key not in self._parts:
+                self._parts[key] = Run(self.method_name, self.backend, self.prompt, self.node)
+                self._parts[key].other_heads = other_heads
+            return self._parts[key]
 
     def begin_pass(self, index: int, total: int) -> int:
         """A forward pass begins, at this step of the whole schedule -> its number in this run. The first one starts
@@ -134,6 +152,12 @@ class Run:
         """Read the timers, release every tensor on the device, keep the numbers."""
         if self._calls_ms is not None:
             return
+        for key, part in self._parts.items():
+            if part.other_heads:
+                self._add_heads(key, part)
+            else:
+                self._add(part)
+        self._parts.clear()
         self._calls_ms, self.layer_ms = defaultdict(list), Counter()
         for kind, layer, span in self._spans:
             elapsed = span.milliseconds()
@@ -150,6 +174,51 @@ class Run:
             record.densities = [x.cpu() for x in record.densities]
             record.tile_map = None if record.tile_map is None else record.tile_map.cpu()
         self.seconds = time.perf_counter() - self.started
+
+    def _add(self, part: Run) -> None:
+        """All that a part has counted."""
+        if part.steps:
+            self.started = min(self.started, part.started) if self.steps else part.started
+        for name in ("dense", "other", "gated", "completed", "compared", "taken"):
+            getattr(self, name).update(getattr(part, name))
+        for layer, counts in part.layers.items():
+            self.layers[layer].update(counts)
+        for key, record in part.records.items():
+            if (own := self.records.setdefault(key, record)) is not record:
+                own.calls += record.calls
+        for name in ("sparse_steps", "seen_steps"):
+            getattr(self, name).update(getattr(part, name))
+        for name in ("seen", "probes", "steps"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.tokens, self.schedule_steps = max(self.tokens, part.tokens), max(self.schedule_steps, part.schedule_steps)
+        self.unseen = self.unseen or part.unseen
+        self._spans += part._spans
+        self._add_facts(part)
+
+    def _add_heads(self, card: str, part: Run) -> None:
+        """What a card has done with other heads of the same calls."""
+        own, others = (sum(record.calls for record in run.records.values()) for run in (self, part))
+        if own != others:
+            why = ", ".join(part.dense) or "nothing said why"
+            self.warn(f"{card} ran {others} attention calls sparse, the first card {own} ({why}): name a kernel in "
+                      "backend, so that all cards run the same")
+        self._add_facts(part)
+
+    def _add_facts(self, part: Run) -> None:
+        """What holds for the calls of a part, whoever counts them."""
+        for key, record in part.records.items():
+            if (own := self.records.setdefault(key, record)) is not record:
+                own.densities += [density.cpu() for density in record.densities]
+        for name in ("failed", "asked", "proofs", "medians"):
+            getattr(self, name).update(getattr(part, name))
+        for text in part.warnings:
+            self.warn(text)
+        for text in part.notes:
+            self.note(text)
+        self._not_finite += part._not_finite
+        self.closeness.add(part.closeness)
+        self.rounding.add(part.rounding)
+        part.plans.clear()
 
     @property
     def sparse_calls(self) -> int:

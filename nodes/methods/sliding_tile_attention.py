@@ -1,146 +1,30 @@
 """The node "Sliding Tile Attention (STA)"."""
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from ...vsa_core.backends.sliding_tile_attn import (
     STA_TILE_SIZE,
-    SlidingTileAttentionMetadata,
-    SlidingTileAttentionMetadataBuilder,
 )
-from ...vsa_core.forward_context import set_forward_context
-from ...vsa_core.grid import Thw, TokenGrid
-from ...vsa_core.selector import AttentionBackendEnum
 from ...vsa_core.strategy import Strategy
-from ...vsa_core.tiling import auto_tile_size, parse_tile_size
-from ...vsa_core.window import Share, effective_window, first_seen, is_full, parse_window
+from ...vsa_core.tiling import parse_tile_size
+from ...vsa_core.window import parse_window
 from ..families import family_of
 from ..hook.hook import SparseAttentionHook
-from ..hook.method import LayerCall, StaysDense
-from ..hook.run import Run
 from ..hook.settings import DEFAULT_START, precision_input, read_settings, settings_inputs, why_invalid
-from ..trained.fed_layers import warn_of_other_training
+from ..trained.training import warn_of_other_training
 from .far_field import OFF, far_field_input, uses_far_field
-from .local_layers import LocalLayers
 from .presets import CUSTOM, PRESETS, choose, preset_input
-
-StrategyType = io.Custom("STA_STRATEGY")
+from .sliding_tile_method import SlidingTileMethod
+from .spread import EVEN, spread_from, spread_input
+from .strategy_input import StrategyType, require_windows
 
 AUTO_TILE, UPSTREAM_TILE = "auto", "6x8x8"
 TILE_SIZES = (AUTO_TILE, UPSTREAM_TILE, "4x4x4", "2x8x8", "4x8x8", "3x8x8", "1x8x8", "2x4x8")
 DEFAULT_WINDOW = "1.0x0.5x0.5"
-
-
-@dataclass
-class Plan:
-    """One grid: its metadata, and the strategy's windows in tiles per schedule length and heads of a call."""
-
-    metadata: SlidingTileAttentionMetadata
-    layers: LocalLayers
-    params: dict[tuple[int, int, int], list] = field(default_factory=dict)
-    densities: dict[tuple[Thw, ...], Tensor] = field(default_factory=dict)
-    """Share of query-key pairs computed, per distinct windows of a layer's heads."""
-
-    @property
-    def tiles(self) -> Thw:
-        return tuple(self.metadata.layout.num_tiles)
-
-    def density(self, md: SlidingTileAttentionMetadata, heads: int) -> Tensor:
-        """Share of query-key pairs that a layer with this metadata computes, a scalar on the CPU."""
-        windows = md.windows(heads)
-        if windows not in self.densities:
-            self.densities[windows] = torch.tensor(md.density(heads))
-        return self.densities[windows]
-
-
-@dataclass(frozen=True)
-class SlidingTileMethod:
-    """STA with its settings. tile_size None: `auto_tile_size` of the grid at hand. A strategy replaces the window."""
-
-    window: Thw | Share
-    tile_size: Thw | None
-    strategy: Strategy | None = None
-    far_field: bool = False
-    name: str = "STA"
-    dense_serves = True
-    timed = True
-    has_strict = True
-
-    @property
-    def far_cure(self) -> str:
-        return "choose a larger window" if self.strategy is None else "take a strategy with a smaller error"
-
-    def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
-        return all(is_full(window, plan.tiles) for window in self._metadata(plan, call).windows(heads))
-
-    def work(self, plan: Plan, heads: int, call: LayerCall) -> float:
-        return round(plan.density(self._metadata(plan, call), heads).item(), 2)
-
-    def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
-        metadata = SlidingTileAttentionMetadataBuilder().build(
-            STA_param=self.window, current_timestep=0, raw_latent_shape=grid.thw, device=device,
-            tile_size=self.tile_size or auto_tile_size(grid.thw), prefix=grid.prefix, suffix=grid.suffix,
-            hidden=grid.hidden, cache_tile_buf=False)
-        return Plan(metadata, LocalLayers(AttentionBackendEnum.SLIDING_TILE_ATTN, far_field=self.far_field))
-
-    def facts(self, plan: Plan) -> dict[str, Any]:
-        md, tiles = plan.metadata, plan.tiles
-        facts = {"tile": list(md.layout.tile_size), "tiles": math.prod(tiles), "far_field": self.far_field}
-        if self.strategy is not None:
-            made_for = f" for {self.strategy.model}" if self.strategy.model else ""
-            return {**facts, "kept": None, "window": None,
-                    "label": f"strategy{made_for}, {self.strategy.steps} steps"}
-        window = effective_window(md.STA_param, tiles)
-        return {**facts, "kept": math.prod(window), "window": list(window),
-                "label": f"window {_x(window)} of {_x(tiles)} tiles"}
-
-    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        md, heads = self._metadata(plan, call), q.shape[2]
-        windows = md.windows(heads)
-        if self.strategy is not None and all(is_full(window, plan.tiles) for window in windows):
-            raise StaysDense("the strategy's windows cover the clip")
-        call.record.densities.append(plan.density(md, heads))
-        if call.sampled:
-            call.record.tile_map = window_map(windows, plan.tiles)
-        layer = plan.layers.of(q, call.kernel)
-        layer.attn_impl.on_lists = call.reads
-        with set_forward_context(md):
-            return layer(q, k, v)
-
-    def remarks(self, run: Run) -> list[str]:
-        return []
-
-    def _metadata(self, plan: Plan, call: LayerCall) -> SlidingTileAttentionMetadata:
-        return plan.metadata.at(call.step.index, call.layer, self._param(plan, call))
-
-    def _param(self, plan: Plan, call: LayerCall):
-        if self.strategy is None:
-            return None
-        if call.layer is None or call.heads is None:
-            raise StaysDense("the strategy is per layer and head, and those of this call are not known")
-        total, (first, last) = call.step.total, (call.heads.start, call.heads.stop)
-        if (total, first, last) not in plan.params:
-            plan.params[total, first, last] = [[row[first:last] for row in layers]
-                                               for layers in self.strategy.sta_param(plan.tiles, total)]
-        return plan.params[total, first, last]
-
-
-def window_map(windows: tuple[Thw, ...], tiles: Thw) -> Tensor:
-    """Share of heads whose window around the middle tile holds each tile.   -> [Nt, Nh, Nw]"""
-    total = torch.zeros(tiles)
-    for window in set(windows):
-        seen = []
-        for width, n in zip(effective_window(window, tiles), tiles, strict=True):
-            first = first_seen(width, n)[n // 2]
-            seen.append(slice(first, first + width))
-        total[tuple(seen)] += windows.count(window)
-    return total / len(windows)
 
 
 class SlidingTileAttentionPatch(io.ComfyNode):
@@ -178,6 +62,7 @@ class SlidingTileAttentionPatch(io.ComfyNode):
                 far_field_input(),
                 preset_input("window", trains=False),
                 precision_input(),
+                spread_input(trains=False),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -189,14 +74,19 @@ class SlidingTileAttentionPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, window=DEFAULT_WINDOW, tile_size=AUTO_TILE, strategy=None, far_field=OFF, preset=CUSTOM,
-                **settings) -> io.NodeOutput:
+                spread=EVEN, **settings) -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
+        if strategy is not None:
+            require_windows(strategy)
         window, settings = preset_of(preset, window, settings, strategy is not None)
-        method = replace(read_method(window, tile_size, strategy), far_field=uses_far_field(far_field, False))
+        settings = read_settings(**settings)
+        method = replace(read_method(window, tile_size, strategy), far_field=uses_far_field(far_field, False),
+                         start=settings.schedule.start_percent,
+                         spread_from=spread_from(spread, "the strategy spreads the work itself" if strategy else ""))
         if strategy is not None:
             family, net = family_of(model.model), model.model.diffusion_model
             strategy.require(family.layer(net, {}, 0)[1], family.heads(net)[0])
-        patched = SparseAttentionHook.install(model, method, read_settings(**settings), node_id)
+        patched = SparseAttentionHook.install(model, method, settings, node_id)
         warn_of_other_training(patched, node_id)
         return io.NodeOutput(patched)
 
@@ -222,7 +112,3 @@ def read_method(window: str, tile_size: str, strategy: Strategy | None = None) -
     else:
         tile = STA_TILE_SIZE if tile_size == UPSTREAM_TILE else parse_tile_size(tile_size)
     return SlidingTileMethod(parse_window(window), tile, strategy)
-
-
-def _x(thw) -> str:
-    return "x".join(map(str, thw))

@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...checkpoints.trained import SLA, Trained
 from ...vsa_core.backends.sla import (
     KEY_RUN,
     QUERY_RUNS,
@@ -29,9 +30,9 @@ from ..hook.method import LayerCall
 from ..hook.run import GridRecord, Run
 from ..hook.settings import precision_input, read_settings, settings_inputs
 from ..hook.status import show_under_node
-from ..trained.fed_layers import warn_of_other_training
 from ..trained.projection_advice import UNTRAINED, advice_after, advice_before
 from ..trained.projections import ProjectionSet, projection_of, projections_of
+from ..trained.training import BareTraining, bare_training_of, warn_of_other_training
 from .local_layers import LocalLayers
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class SparseLinearMethod:
     query_run: int | None = None
     feature_map: str | None = None
     projections: ProjectionSet | None = None
+    bare: BareTraining | None = None
     name: str = "SLA"
     far_cure = "raise ratio"
     timed = True
@@ -70,12 +72,18 @@ class SparseLinearMethod:
 
     @property
     def dense_serves(self) -> bool:
-        return self.projections is None
+        return self.trained is None or self.trained.dense_serves
+
+    @property
+    def trained(self) -> Trained | None:
+        """How the model was trained with SLA, with projections or without; None where it was not."""
+        training = self.projections or self.bare
+        return None if training is None else training.trained
 
     @property
     def queries_together(self) -> int:
         """Queries of one run."""
-        trained = None if self.projections is None else self.projections.trained.query_run or QUERY_RUNS[-1]
+        trained = None if self.trained is None else self.trained.query_run or QUERY_RUNS[-1]
         return self.query_run or trained or UNTRAINED_QUERY_RUN
 
     @property
@@ -100,6 +108,8 @@ class SparseLinearMethod:
         layout, what = plan.layout, "top-k without a trained projection"
         if self.projections is not None:
             what = "SLA with its trained projection"
+        elif self.bare is not None:
+            what = f"top-k as {self.bare.trained.name} has it"
         grid, others = layout.keys.grid, layout.keys.num_other_blocks * KEY_RUN
         computed = grid.num_video_tokens * (plan.topk * KEY_RUN + others) + others * layout.keys.padded_seq_length
         return {"tile": [1, 1, 1], "tiles": layout.num_keys, "kept": plan.topk, "ratio": self.ratio,
@@ -113,7 +123,7 @@ class SparseLinearMethod:
             lambda kept, layout: _observe(kept, layout, record)) if call.sampled else None
         layer.attn_impl.on_lists = call.reads
         projection = projection_of(call.options)
-        if projection is not None and call.watch is not None:
+        if not self.dense_serves and call.watch is not None:
             call.watch.adds = True
         with set_forward_context(plan.metadata.at(projection)):
             out = layer(q, k, v)
@@ -135,9 +145,9 @@ class SparseLinearMethod:
 
     def remarks(self, run: Run) -> list[str]:
         """What a user should know of a finished run: of the trained projections, or that there are none."""
-        if self.projections is None:
+        if self.trained is None:
             return [UNTRAINED] if run.sparse_calls else []
-        return advice_after(self.projections.trained, self.ratio, self.queries_together, self.feature, run)
+        return advice_after(self.trained, self.ratio, self.queries_together, self.feature, run)
 
 
 def _observe(kept: Tensor, layout: RunLayout, record: GridRecord) -> None:
@@ -198,16 +208,22 @@ class SparseLinearAttentionPatch(io.ComfyNode):
     def execute(cls, model, ratio=DEFAULT_RATIO, query_run=AUTO, feature_map=AUTO, **settings) -> io.NodeOutput:
         node_id = getattr(getattr(cls, "hidden", None), "unique_id", None)
         method, settings = replace(read_method(ratio, query_run, feature_map),
-                                   projections=projections_of(model)), read_settings(**settings)
+                                   projections=projections_of(model), bare=_bare(model)), read_settings(**settings)
         patched = SparseAttentionHook.install(model, method, settings, node_id)
         advice = [UNTRAINED]
-        if method.projections is not None:
-            advice = advice_before(method.projections.trained, ratio, method.queries_together, method.feature, settings)
+        if method.trained is not None:
+            advice = advice_before(method.trained, ratio, method.queries_together, method.feature, settings)
         if advice:
             log.warning("[SLA] %s", "; ".join(advice))
             show_under_node("\n".join(advice), node_id)
         warn_of_other_training(patched, node_id)
         return io.NodeOutput(patched)
+
+
+def _bare(model) -> BareTraining | None:
+    """That a ModelPatcher was trained with SLA and has no projections."""
+    bare = bare_training_of(model)
+    return bare if bare is not None and bare.trained.method == SLA else None
 
 
 def read_method(ratio: float, query_run: str, feature_map: str) -> SparseLinearMethod:

@@ -20,7 +20,7 @@ from ..hook.hook import SparseAttentionHook
 from ..hook.method import LayerCall, StaysDense
 from ..hook.run import Run
 from ..hook.settings import precision_input, read_settings, settings_inputs, why_invalid
-from ..trained.fed_layers import warn_of_other_training
+from ..trained.training import warn_of_other_training
 from .local_layers import LocalLayers
 from .moba_config import config_path, read_config
 

@@ -2,132 +2,32 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
-from ...vsa_core.backends.video_sparse_attn import (
-    VSA_TILE_SIZE,
-    VideoSparseAttentionMetadata,
-    VideoSparseAttentionMetadataBuilder,
-)
-from ...vsa_core.forward_context import set_forward_context
-from ...vsa_core.grid import Thw, TokenGrid
-from ...vsa_core.selector import AttentionBackendEnum
-from ...vsa_core.tiling import auto_tile_size, parse_tile_size
+from ...vsa_core.budgets import Budgets
+from ...vsa_core.tiling import parse_tile_size
+from ..families import family_of
 from ..hook.hook import SparseAttentionHook
-from ..hook.method import LayerCall
-from ..hook.run import GridRecord, Run
 from ..hook.settings import DEFAULT_START, precision_input, read_settings, settings_inputs, why_invalid
 from ..hook.status import show_under_node
-from ..trained.fed_layers import warn_of_other_training
-from ..trained.gate_advice import advice_after, advice_before
-from ..trained.gates import GateSet, gate_of, gates_of
-from .attention_mass import MassLists, mass_input, mass_remarks, require_mass
+from ..trained.gate_advice import advice_before
+from ..trained.gates import GateSet, gates_of
+from ..trained.training import warn_of_other_training
+from .attention_mass import mass_input, require_mass
 from .far_field import OFF, far_field_input, uses_far_field, warning
-from .local_layers import LocalLayers
 from .presets import CUSTOM, PRESETS, as_trained, choose, preset_input
+from .spread import EVEN, spread_from, spread_input
+from .strategy_input import StrategyType, require_budgets
+from .video_sparse_method import VideoSparseMethod
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SPARSITY, AUTO_TILE = 0.8, "auto"
 TILE_SIZES = (AUTO_TILE, "4x4x4", "1x8x8", "2x4x8", "2x8x4", "4x2x8", "4x8x2", "8x2x4", "8x4x2", "4x4x8", "4x8x4",
               "8x4x4", "2x8x8", "4x8x8", "8x8x4")
-
-
-@dataclass
-class Plan:
-    """One grid: its metadata, and the layers that its calls go through."""
-
-    metadata: VideoSparseAttentionMetadata
-    layers: LocalLayers
-    mass: MassLists | None = None
-
-
-@dataclass(frozen=True)
-class VideoSparseMethod:
-    """VSA with its settings. tile_size None: the tile that the gates were trained with, else `auto_tile_size`."""
-
-    sparsity: float
-    tile_size: Thw | None
-    gates: GateSet | None = None
-    far_field: bool = False
-    mass: float = 0.0
-    name: str = "VSA"
-    timed = True
-    has_strict = True
-    far_cure = "lower sparsity"
-
-    @property
-    def dense_serves(self) -> bool:
-        return self.gates is None
-
-    def keeps_all(self, plan: Plan, heads: int, call: LayerCall) -> bool:
-        return not self.mass and plan.metadata.topk == math.prod(plan.metadata.num_tiles)
-
-    def work(self, plan: Plan, heads: int, call: LayerCall) -> tuple[int, float]:
-        return plan.metadata.topk, self.mass
-
-    def plan(self, grid: TokenGrid, device: torch.device) -> Plan:
-        # No reused tile buffer: between layers it would hold three q-sized tensors that the host needs for itself.
-        metadata = VideoSparseAttentionMetadataBuilder().build(
-            current_timestep=0, raw_latent_shape=grid.thw, patch_size=(1, 1, 1), VSA_sparsity=self.sparsity,
-            device=device, tile_size=self._tile(grid), prefix=grid.prefix,
-            suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False)
-        return Plan(metadata, LocalLayers(AttentionBackendEnum.VIDEO_SPARSE_ATTN, far_field=self.far_field),
-                    MassLists(self.mass, self.sparsity) if self.mass else None)
-
-    def _tile(self, grid: TokenGrid) -> Thw:
-        if self.tile_size is None and self.gates is not None:
-            return self.gates.trained.tile or VSA_TILE_SIZE
-        return self.tile_size or auto_tile_size(grid.thw)
-
-    def facts(self, plan: Plan) -> dict[str, Any]:
-        md = plan.metadata
-        others = md.padded_seq_length - md.num_video_slots
-        computed = md.num_video_slots * (md.topk * md.slots_per_tile + others) + others * md.padded_seq_length
-        return {"tile": list(md.tile_size), "tiles": math.prod(md.num_tiles), "kept": md.topk,
-                "sparsity": self.sparsity, "far_field": self.far_field, "work": computed / md.total_seq_length ** 2}
-
-    def attend(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        layer, record = plan.layers.of(q, call.kernel), call.record
-        layer.attn_impl.on_selection = (lambda tiles, md: _observe(tiles, md, record)) if call.sampled else None
-        layer.attn_impl.on_lists = call.reads
-        layer.attn_impl.kept = plan.mass and plan.mass.of(q, k, plan.metadata, call)
-        gate = gate_of(call.options, q, call.heads, call.of_heads)
-        if gate is not None and call.watch is not None:
-            call.watch.adds = True
-        with set_forward_context(plan.metadata):
-            out = layer(q, k, v, gate_compress=gate)
-        if gate is not None:
-            call.step.run.gated[call.layer] += 1
-        return out
-
-    def remarks(self, run: Run) -> list[str]:
-        """What a user of trained gates should know of a finished run."""
-        gates = self.gates and self.gates.trained
-        return [*mass_remarks(run, self.sparsity, gates and gates.name),
-                *(advice_after(gates, self.sparsity, run) if gates else [])]
-
-
-def _observe(tiles: Tensor, plan: VideoSparseAttentionMetadata, record: GridRecord) -> None:
-    """Put the density of a selection, int32 [B, H, N, k], and its map of the middle query tile into the record."""
-    sizes = plan.variable_block_sizes.float()
-    total, hidden = plan.total_seq_length, len(plan.grid.hidden)
-    others, seen = plan.grid.num_other_tokens, total - hidden
-    keys = sizes[tiles.long()].sum(-1) + others - hidden               # [B, H, N]
-    pairs = (keys * sizes).sum(-1).mean() + others * seen
-    record.densities.append(pairs / (total * seen))
-    n_t, n_h, n_w = plan.num_tiles
-    middle = (n_t // 2 * n_h + n_h // 2) * n_w + n_w // 2
-    kept = tiles[:, :, middle].flatten().long()
-    counts = torch.zeros(n_t * n_h * n_w, device=tiles.device).index_add_(
-        0, kept, torch.ones(kept.shape, device=tiles.device))
-    record.tile_map = (counts / (tiles.shape[0] * tiles.shape[1])).view(n_t, n_h, n_w)
 
 
 class VideoSparseAttentionPatch(io.ComfyNode):
@@ -161,6 +61,12 @@ class VideoSparseAttentionPatch(io.ComfyNode):
                 mass_input(),
                 preset_input("sparsity", trains=True),
                 precision_input(),
+                StrategyType.Input(
+                    "strategy", optional=True,
+                    tooltip="How many tiles every head keeps, per step and layer, from a calibration or a file. It "
+                            "holds at any size of clip and number of steps; sparsity is unused then. It must be for "
+                            "a model of as many layers and heads."),
+                spread_input(trains=True),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -172,13 +78,19 @@ class VideoSparseAttentionPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, sparsity, tile_size=AUTO_TILE, far_field=OFF, attention_mass=0.0, preset=CUSTOM,
-                **settings) -> io.NodeOutput:
+                strategy=None, spread=EVEN, **settings) -> io.NodeOutput:
         node_id, gates = getattr(getattr(cls, "hidden", None), "unique_id", None), gates_of(model)
         require_mass(attention_mass)
-        sparsity, settings = preset_of(preset, sparsity, settings, gates)
+        if strategy is not None:
+            _require_use(strategy, model, gates, attention_mass)
+        sparsity, settings = preset_of(preset, sparsity, settings, gates, strategy is not None)
         method, settings = read_method(sparsity, tile_size), read_settings(**settings)
+        own = {"gates": gates and f"{gates.trained.name} was trained to read the same number of tiles in every step",
+               "attention_mass": attention_mass and "attention_mass says how many tiles are kept",
+               "strategy": strategy and "the strategy spreads the work itself"}
         method = replace(method, gates=gates, far_field=uses_far_field(far_field, gates is not None),
-                         mass=attention_mass)
+                         mass=attention_mass, budgets=strategy, start=settings.schedule.start_percent,
+                         spread_from=spread_from(spread, next(filter(None, own.values()), "")))
         patched = SparseAttentionHook.install(model, method, settings, node_id)
         if method.gates is not None:
             advice = advice_before(method.gates.trained, sparsity, settings)
@@ -189,12 +101,30 @@ class VideoSparseAttentionPatch(io.ComfyNode):
         return io.NodeOutput(patched)
 
 
-def preset_of(preset: str, sparsity: float, settings: dict[str, Any], gates: GateSet | None):
-    """(sparsity, shared widgets) as a preset has them, for a model with these gates."""
+def _require_use(strategy: Budgets, model, gates: GateSet | None, mass: float) -> None:
+    """Raise ValueError where a strategy cannot say what heads keep."""
+    require_budgets(strategy)
+    if gates is not None:
+        raise ValueError(f"{gates.trained.name} was trained to read the same number of tiles everywhere: a strategy is "
+                         "for models that were not trained with VSA. Disconnect it")
+    if mass:
+        raise ValueError(f"attention_mass {mass:g} and a strategy: both say how many tiles a head keeps. Set "
+                         "attention_mass to 0 or disconnect the strategy")
+    family, net = family_of(model.model), model.model.diffusion_model
+    strategy.require(family.layer(net, {}, 0)[1], family.heads(net)[0])
+
+
+def preset_of(preset: str, sparsity: float, settings: dict[str, Any], gates: GateSet | None, planned: bool = False):
+    """(sparsity, shared widgets) as a preset has them, for a model with these gates.
+
+    planned: whether a strategy says what heads keep, the dense start included.
+    """
     defaults = {"sparsity": DEFAULT_SPARSITY, "start_percent": DEFAULT_START, "end_percent": 1.0, "dense_blocks": ""}
     wanted = {}
     if gates is not None:
         wanted = as_trained(gates.trained)
+    elif planned:
+        wanted = {"start_percent": 0.0}
     elif preset in PRESETS:
         wanted = {"sparsity": PRESETS[preset].sparsity, "start_percent": PRESETS[preset].start_percent}
     widgets = {name: settings.get(name, default) for name, default in defaults.items()} | {"sparsity": sparsity}

@@ -1,4 +1,4 @@
-"""The nodes that load and save a mask strategy, and the folders they look in."""
+"""The nodes that load and save a strategy, windows or budgets, and the folders they look in."""
 from __future__ import annotations
 
 import logging
@@ -9,9 +9,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ...vsa_core.budgets import Budgets
 from ...vsa_core.strategy_files import load_strategy, save_strategy
 from ...vsa_core.window import check_window
-from ..methods.sliding_tile_attention import StrategyType
+from ..methods.strategy_input import StrategyType
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,12 @@ class LoadSTAStrategy(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="LoadSTAStrategy",
-            display_name="Load STA Strategy",
+            display_name="Load Sparse Attention Strategy",
             category="model/loaders",
             description=(
-                "Reads a mask strategy for Sliding Tile Attention: FastVideo's JSON or this pack's own, from "
-                "models/sta_strategies or output/sta_strategies."),
-            search_aliases=["mask strategy", "STA"],
+                "Reads a strategy: windows for Sliding Tile Attention, in FastVideo's JSON or this pack's own, or "
+                "budgets for Video Sparse Attention, from models/sta_strategies or output/sta_strategies."),
+            search_aliases=["mask strategy", "STA", "VSA", "budgets", "Load STA Strategy"],
             inputs=[
                 io.Combo.Input("strategy_name", options=strategy_names(),
                                tooltip="A .json file in models/sta_strategies or output/sta_strategies."),
@@ -75,7 +76,7 @@ class LoadSTAStrategy(io.ComfyNode):
     def validate_inputs(cls, strategy_name=None):
         if strategy_name == NO_FILE:
             return (f"there is no strategy yet: put a .json file into models/{FOLDER}, or make one with STA Strategy "
-                    "Search")
+                    "Search or Calibrate Sparse Attention")
         if strategy_name is not None and strategy_name not in folder_paths.get_filename_list(FOLDER):
             return (f"strategy file {strategy_name!r} is not in models/{FOLDER} nor in output/{FOLDER}: put it there "
                     "and refresh the page")
@@ -97,10 +98,10 @@ class SaveSTAStrategy(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="SaveSTAStrategy",
-            display_name="Save STA Strategy",
+            display_name="Save Sparse Attention Strategy",
             category="model/loaders",
-            description="Writes a mask strategy to output/sta_strategies, where Load STA Strategy finds it.",
-            search_aliases=["mask strategy", "STA"],
+            description="Writes a strategy to output/sta_strategies, where Load Sparse Attention Strategy finds it.",
+            search_aliases=["mask strategy", "STA", "VSA", "budgets", "Save STA Strategy"],
             is_output_node=True,
             inputs=[
                 StrategyType.Input("strategy", tooltip="A strategy from a search, or one that was loaded."),
@@ -158,9 +159,14 @@ def write_strategy(strategy, prefix: str, tiles=None) -> Path:
 def describe(strategy) -> str:
     """A strategy in one line: size, origin, how its heads are spread over the windows."""
     total = sum(strategy.uses.values())
-    common = sorted(strategy.uses.items(), key=lambda item: -item[1])[:4]
-    shares = ", ".join(f"{'x'.join(f'{part:.2f}' for part in window)} {count / total:.0%}" for window, count in common)
     origin = f"{strategy.model}, " if strategy.model else ""
     grid = f", made at {'x'.join(map(str, strategy.grid))} tokens" if strategy.grid else ""
-    return (f"{origin}{strategy.steps} steps, {strategy.layers} layers of {strategy.heads} heads{grid}; "
-            f"windows as fractions of the clip: {shares}")
+    size = f"{origin}{strategy.steps} steps, {strategy.layers} layers of {strategy.heads} heads{grid}"
+    if isinstance(strategy, Budgets):
+        spread = ", ".join(f"{share:.0%} for {count / total:.0%}" for share, count in sorted(strategy.uses.items()))
+        far = "with" if strategy.far_field else "without"
+        return (f"{size}; budgets for VSA, measured {far} the far field: {strategy.mean_share:.0%} of the tiles on "
+                f"average, {spread} of the heads")
+    common = sorted(strategy.uses.items(), key=lambda item: -item[1])[:4]
+    shares = ", ".join(f"{'x'.join(f'{part:.2f}' for part in window)} {count / total:.0%}" for window, count in common)
+    return f"{size}; windows as fractions of the clip: {shares}"

@@ -1,4 +1,7 @@
-"""Measuring windows inside a dense sampling: a method for the hook whose every call gives the dense result."""
+"""Measuring windows inside a dense sampling: a method for the hook whose every call gives the dense result.
+
+`budget_measurement` measures budgets the same way.
+"""
 from __future__ import annotations
 
 import logging
@@ -15,14 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...kernels import Span
 from ...vsa_core.backends.sliding_tile_attn import (
     SlidingTileAttentionImpl,
     SlidingTileAttentionMetadata,
     SlidingTileAttentionMetadataBuilder,
 )
+from ...vsa_core.choosing import Measurements
 from ...vsa_core.grid import Thw, TokenGrid
 from ...vsa_core.search import ErrorTable, candidate_errors, default_candidates
-from ...vsa_core.tiling import auto_tile_size
+from ...vsa_core.tiling import auto_tile_size, num_tiles
 from ...vsa_core.window import parse_window, window_of_share
 from ..hook.method import LayerCall
 from ..hook.run import Run
@@ -51,7 +56,9 @@ class Search:
     timed = False
     has_strict = False
     far_cure = None
-    table: ErrorTable | None = None
+    things = "windows"
+    """What is tried."""
+    table: Measurements | None = None
     done: set = field(default_factory=set)
     """(step, layer) pairs that an earlier, interrupted search has measured."""
     bar: Any = None
@@ -64,15 +71,11 @@ class Search:
     def work(self, plan, heads: int, call: LayerCall) -> None:
         return None
 
-    def plan(self, grid: TokenGrid, device: torch.device) -> SlidingTileAttentionMetadata:
+    def plan(self, grid: TokenGrid, device: torch.device):
         tile = self.tile_size or auto_tile_size(grid.thw)
-        md = SlidingTileAttentionMetadataBuilder().build(
-            STA_param=(1, 1, 1), current_timestep=0, raw_latent_shape=grid.thw, device=device, tile_size=tile,
-            prefix=grid.prefix, suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False)
+        plan = self._plan(grid, tile, device)
         if self.table is None:
-            tiles = tuple(md.layout.num_tiles)
-            self.table = ErrorTable(read_candidates(self.candidates, tiles), grid, tile, self.measured, self.layers,
-                                    self.heads)
+            self.table = self._new_table(grid, tile)
             self._resume()
             total = self.measured * self.layers
             self.bar = comfy.utils.ProgressBar(total)
@@ -81,11 +84,20 @@ class Search:
         elif self.table.grid.thw != grid.thw:
             raise ValueError(f"the clip's grid changes during sampling ({_x(self.table.grid.thw)}, then "
                              f"{_x(grid.thw)}): search without context windows")
-        return md
+        return plan
+
+    def _plan(self, grid: TokenGrid, tile: Thw, device: torch.device) -> SlidingTileAttentionMetadata:
+        return SlidingTileAttentionMetadataBuilder().build(
+            STA_param=(1, 1, 1), current_timestep=0, raw_latent_shape=grid.thw, device=device, tile_size=tile,
+            prefix=grid.prefix, suffix=grid.suffix, hidden=grid.hidden, cache_tile_buf=False)
+
+    def _new_table(self, grid: TokenGrid, tile: Thw) -> ErrorTable:
+        candidates = read_candidates(self.candidates, num_tiles(grid.thw, tile))
+        return ErrorTable(candidates, grid, tile, self.measured, self.layers, self.heads)
 
     def facts(self, plan) -> dict[str, Any]:
-        return {"tile": list(plan.layout.tile_size), "tiles": None, "kept": None,
-                "label": f"measuring {len(self.table.candidates)} windows"}
+        return {"tile": list(self.table.tile_size), "tiles": None, "kept": None,
+                "label": f"measuring {len(self.table.candidates)} {self.things}"}
 
     def remarks(self, run: Run) -> list[str]:
         return []
@@ -93,25 +105,30 @@ class Search:
     def attend(self, plan, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._begin(call.step.index, call.step.total)
+        span = Span(q.device)
         dense = self._dense(plan, q, k, v, call.kernel)
+        span.end()
         step = self._measured_step(call)
-        if step is not None and (step, call.layer) not in self.done:
+        if step is not None and call.layer is not None and (step, call.layer) not in self.done:
             if step != self.current:
                 self._keep()
                 self.current = step
-            errors, norms = candidate_errors(q, k, v, dense, plan, self.table.candidates, backend=call.kernel)
             first = not self.table.calls[step, call.layer]
-            self.table.add(step, call.layer, errors, norms)
+            self._measure(step, call, plan, q, k, v, dense, span)
             if first:
                 self.bar.update(1)
         return dense
+
+    def _measure(self, step: int, call: LayerCall, plan, q, k, v, dense: Tensor, span: Span) -> None:
+        """Try every candidate on a call of a measured step. span: what the dense result took."""
+        errors, norms = candidate_errors(q, k, v, dense, plan, self.table.candidates, backend=call.kernel)
+        self.table.add(step, call.layer, errors, norms, call.heads)
 
     def _dense(self, plan, q, k, v, kernel: str) -> Tensor:
         if plan.layout.grid.hidden:
             full = plan.at(0, None, tuple(plan.layout.num_tiles))
             return SlidingTileAttentionImpl(q.shape[2], q.shape[3], backend=kernel).attend(q, k, v, full)
-        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-        return out.transpose(1, 2).contiguous()
+        return dense_attention(q, k, v)
 
     def _measured_step(self, call: LayerCall) -> int | None:
         """Which of the measured steps this call belongs to: each takes the middle of its part of the schedule."""
@@ -127,7 +144,7 @@ class Search:
         try:
             self.table.restore(load_file(self.state_path))
         except (OSError, ValueError) as error:
-            log.warning("[STA] an unfinished search could not be resumed and starts again: %s", error)
+            log.warning("[sparse attention] an unfinished search could not be resumed and starts again: %s", error)
             return
         self.done = {tuple(place) for place in (self.table.calls > 0).nonzero().tolist()}
 
@@ -157,8 +174,14 @@ class Search:
 
     def _cost(self, done: int, total: int) -> str:
         resumed = f" ({done / total:.0%} measured already)" if done else ""
-        return (f"trying {len(self.table.candidates)} windows in {self.measured} steps{resumed}. Attention takes about "
-                f"{self.table.work:.1f} times as long in such a step; how long is left is said after the first")
+        return (f"trying {len(self.table.candidates)} {self.things} in {self.measured} steps{resumed}. Attention takes "
+                f"about {self.table.work:.1f} times as long in such a step; how long is left is said after the first")
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own.   [B, S, H, D] -> [B, S, H, D]"""
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2).contiguous()
 
 
 def parse_candidates(text: str) -> list | None:

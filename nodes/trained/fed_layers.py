@@ -8,7 +8,6 @@ the pre-hooks of the loaded one along when it is dropped, in the middle of a sam
 """
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 
 import comfy.model_patcher
@@ -16,33 +15,24 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...checkpoints.trained import SLA, VSA, Trained
-from ..hook.hook import SparseAttentionHook
-from ..hook.status import show_under_node
+from ...checkpoints.trained import Trained
 from .saving import save_layers
-
-log = logging.getLogger(__name__)
-
-NODES = {VSA: "Video Sparse Attention (VSA)", SLA: "Sparse Linear Attention (SLA)"}
-"""The node that a model trained with a method wants."""
+from .training import NODES, Training
 
 
-class FedLayers:
-    """The extra layers of one model, as its clones share them. One subclass per sparse method."""
+class FedLayers(Training):
+    """The extra layers of one model, as its clones share them. One subclass per sparse method.
 
-    key: str
-    """Of this object in a model's transformer_options, of its wrappers, and of the layers' ModelPatcher."""
+    `key` is that of the layers' ModelPatcher too.
+    """
+
     what: str
     """What a user calls the layers."""
-    held_as: str
-    """The attribute of a method that uses them."""
 
     def __init__(self, trained: Trained, attention: str, node_id: str | None = None):
         """attention: the name of the self-attention in net.blocks[n]."""
-        self.trained, self.attention, self.node_id = trained, attention, node_id
-
-    def __deepcopy__(self, memo):
-        return self
+        super().__init__(trained, node_id)
+        self.attention = attention
 
     @property
     def saved_as(self) -> str:
@@ -50,14 +40,9 @@ class FedLayers:
         raise NotImplementedError
 
     @property
-    def unused_text(self) -> str:
-        """What to say before a sampling in which nothing will use the layers."""
-        raise NotImplementedError
-
-    @classmethod
-    def of(cls, model):
-        """Those that a ModelPatcher carries, or None."""
-        return model.model_options.get("transformer_options", {}).get(cls.key)
+    def other_text(self) -> str:
+        return (f"{self.trained.name} was trained with {self.trained.method} and its {self.what} are not used here: "
+                f"use the node {NODES[self.trained.method]} in place of this one")
 
     def attach_to(self, model, patcher):
         """A clone of `model` with the layers of `patcher`, a ModelPatcher; those that it had are replaced.
@@ -65,16 +50,15 @@ class FedLayers:
         Raises ValueError for a model that was trained with another method.
         """
         clone = model.clone()
-        options = clone.model_options.setdefault("transformer_options", {})
-        for other in options.values():
-            if isinstance(other, FedLayers) and other.key != self.key:
-                raise ValueError(f"{other.trained.name} was trained with {other.trained.method} and has {other.what}: "
+        for other in clone.model_options.get("transformer_options", {}).values():
+            if isinstance(other, Training) and other.key != self.key:
+                has = getattr(other, "what", "no extra layers")
+                raise ValueError(f"{other.trained.name} was trained with {other.trained.method} and has {has}: "
                                  f"{self.what} are not for it")
-        options[self.key] = self
+        self.put_on(clone)
         clone.set_additional_models(self.key, [patcher])
-        for kind, wrapper in ((WrappersMP.APPLY_MODEL, self.apply_model), (WrappersMP.OUTER_SAMPLE, self.outer_sample)):
-            clone.remove_wrappers_with_key(kind, self.key)
-            clone.add_wrapper_with_key(kind, self.key, wrapper)
+        clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, self.key)
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, self.key, self.apply_model)
         save_layers(clone, type(self)._to_save)
         return clone
 
@@ -86,11 +70,12 @@ class FedLayers:
 
     def apply_model(self, executor, *args, **kwargs):
         """APPLY_MODEL wrapper: the self-attentions of this forward pass get their layers."""
-        with self._feeding(executor.class_obj):
+        with self.feeding(executor.class_obj):
             return executor(*args, **kwargs)
 
     @contextmanager
-    def _feeding(self, base):
+    def feeding(self, base):
+        """While it lasts, the self-attentions of `base`, a BaseModel that is loaded, get their layers."""
         patcher = base.current_patcher
         found = [] if patcher is None else patcher.get_additional_models_with_key(self.key)
         if not found:
@@ -104,27 +89,6 @@ class FedLayers:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def outer_sample(self, executor, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: warns when nothing will use the layers."""
-        model = getattr(executor.class_obj, "model_patcher", None)
-        if model is not None and not any(getattr(hook.method, self.held_as, None) is self
-                                         for hook in SparseAttentionHook.of(model)):
-            log.warning("[%s] %s", self.trained.method, self.unused_text)
-            show_under_node(self.unused_text, self.node_id)
-        return executor(*args, **kwargs)
-
-
-def warn_of_other_training(patched, node_id: str | None = None) -> None:
-    """Say on the node, and with every run, that the model of the newest hook was trained with another method."""
-    hook = SparseAttentionHook.of(patched)[-1]
-    for layers in patched.model_options.get("transformer_options", {}).values():
-        if isinstance(layers, FedLayers) and layers.trained.method != hook.method.name:
-            text = (f"{layers.trained.name} was trained with {layers.trained.method} and its {layers.what} are not "
-                    f"used here: use the node {NODES[layers.trained.method]} in place of this one")
-            hook.warnings.append(text)
-            log.warning("[%s] %s", hook.method.name, text)
-            show_under_node(text, node_id)
 
 
 def patcher_of(module: torch.nn.Module, tensors: dict[int, dict[str, Tensor]], load_device, offload_device,

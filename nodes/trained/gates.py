@@ -62,6 +62,23 @@ class FedGate:
         return gate.unflatten(-1, (heads, head_dim))[..., part.start:part.stop, :].reshape(query.shape)
 
 
+class HeldGate:
+    """The gate of a call's own heads and tokens, [B, S, H, D], where a card has only some of them."""
+
+    def __init__(self, gate: Tensor, heads: range):
+        self.gate, self.heads = gate, heads
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def of(self, query: Tensor, part: range | None, heads: int) -> Tensor:
+        """As `FedGate.of`."""
+        if part is None or part.start < self.heads.start or part.stop > self.heads.stop:
+            raise StaysDense("its VSA gate is for other heads or tokens")
+        first = part.start - self.heads.start
+        return self.gate[:, :, first:first + len(part)].to(query.dtype)
+
+
 class GateFeed:
     """Pre-hook of a self-attention: gives its calls the gate layer and the input to apply it to."""
 

@@ -36,7 +36,10 @@ def model_names() -> list[str]:
     A name is that of a file, of the first file of a sharded set, or of a folder; a pipeline's for its transformer.
     Of published folders only what ComfyUI would know as a video model is named, whatever the folders are called.
     """
-    return [name for name, path in _listed() if path is None or _what_is(path)[0]]
+    models = [name for name, path in _listed() if path is None or _what_is(path)[0]]
+    # A PyTorch file is offered so that choosing it says how to convert it.
+    return models + [name for name in folder_paths.get_filename_list("diffusion_models")
+                     if name.lower().endswith(".pth")]
 
 
 def gate_file_names() -> list[str]:

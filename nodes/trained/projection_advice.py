@@ -12,14 +12,18 @@ UNTRAINED = ("no trained projection in this model: plain top-k. Video Sparse Att
 
 def advice_before(trained: Trained, ratio: float, query_run: int, feature: str, settings: Settings) -> list[str]:
     """Warnings that the settings alone justify, before anything is sampled."""
-    dense = settings.dense_parts()
-    lines = [f"{trained.name} was trained with SLA throughout. Its dense part keeps the projections and is slower: "
-             f"{', '.join(dense)}"] if dense else []
+    dense, lines = settings.dense_parts(), []
+    if dense and not trained.dense_serves:
+        means = ("Its dense part shows it tokens that it learned to do without" if trained.bare else
+                 "Its dense part keeps the projections and is slower")
+        lines = [f"{trained.name} was trained with SLA throughout. {means}: {', '.join(dense)}"]
     return lines + mismatches(trained, ratio, query_run, feature)
 
 
 def advice_after(trained: Trained, ratio: float, query_run: int, feature: str, run: Run) -> list[str]:
     """How far the projections were used in a run, and what left the training."""
+    if trained.bare:
+        return _advice_after_bare(trained, run) + mismatches(trained, ratio, query_run, feature)
     lines = []
     if run.gated:
         lines.append(f"SLA projections of {trained.name} used in {len(run.gated)} layers")
@@ -33,6 +37,13 @@ def advice_after(trained: Trained, ratio: float, query_run: int, feature: str, r
     return lines + mismatches(trained, ratio, query_run, feature)
 
 
+def _advice_after_bare(trained: Trained, run: Run) -> list[str]:
+    if not run.dense or trained.dense_serves:
+        return []
+    return [f"WARNING: {run.dense.total()} attention calls of {trained.name} ran dense, which it was not trained for: "
+            "see the reasons"]
+
+
 def mismatches(trained: Trained, ratio: float, query_run: int, feature: str) -> list[str]:
     """Settings that are not the trained ones. Up to twice the trained ratio only adds what it looks at."""
     lines = []
@@ -40,7 +51,7 @@ def mismatches(trained: Trained, ratio: float, query_run: int, feature: str) -> 
         lines.append(f"ratio {ratio:g} is far from the {trained.ratio:g} that {trained.name} was trained with")
     if trained.query_run is not None and query_run != trained.query_run:
         lines.append(f"query_run {query_run} differs from the {trained.query_run} of {trained.name}")
-    if trained.feature is not None and feature != trained.feature:
+    if not trained.bare and trained.feature is not None and feature != trained.feature:
         lines.append(f"feature_map {feature} differs from the {trained.feature} that {trained.name} was trained with: "
                      "its projections are wrong for it")
     return lines

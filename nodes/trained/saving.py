@@ -27,7 +27,7 @@ def save_layers(model, find: Callable) -> None:
     """From now on `model` (a ModelPatcher of ours) and its clones are saved with their extra layers.
 
     find(ModelPatcher) -> (ModelPatcher of the layers, how they were trained as JSON, the name of a tensor in the file
-    with {layer} and {part}), or None where it has none.
+    with {layer} and {part}), or None where it has none. A model that was trained sparse without any has None for them.
     """
     def answer_for(patcher) -> None:
         # Weakly: a patcher that holds itself would keep its weights in memory until Python looks for circles.
@@ -51,14 +51,15 @@ class _Saving:
         if found is None:
             return state
         layers, trained, saved_as = found
-        named = {}
-        for name, tensor in patched_tensors(layers).items():
-            _, layer, part = name.split(".")
-            named[saved_as.format(layer=layer, part=part)] = tensor
-        state.update(patcher.model.model_config.process_unet_state_dict_for_saving(named))
+        if layers is not None:
+            named = {}
+            for name, tensor in patched_tensors(layers).items():
+                _, layer, part = name.split(".")
+                named[saved_as.format(layer=layer, part=part)] = tensor
+            state.update(patcher.model.model_config.process_unet_state_dict_for_saving(named))
+            log.info("%d layers that it was trained with are saved with the model", len(layers.model.layers))
         # The Save nodes write metadata of their own, so the training is told as ComfyUI tells quantization: in bytes.
         state[METADATA_KEY] = torch.frombuffer(bytearray(trained.encode()), dtype=torch.uint8)
-        log.info("%d layers that it was trained with are saved with the model", len(layers.model.layers))
         return state
 
 

@@ -41,7 +41,7 @@ def test_the_real_key_list_of_fastwan_1_3b_maps_completely_in_both_namings(tmp_p
         "Wan 1.3B: 30 layers of width 1536, 1.49 billion weights in float32, read from 1 file in diffusers' form",
         "VSA gates in 30 of 30 layers",
         "Trained as FastWan2.1-T2V-1.3B: sparsity 0.8, tile 4x4x4, clips of 832x448x61 (width x height x frames)",
-        "Sample with 3 steps, sigmas 1, 0.757, 0.522, 0 with lcm, shift 8, cfg 1",
+        "Sample with 3 steps, sigmas 1, 0.757, 0.522, 0 with lcm, shift 8, cfg 1, no other few-step LoRA",
         "WARNING: trained with VSA. Sample it through Video Sparse Attention (VSA) with start_percent 0; dense or "
         "without its gates it gives noise or blur"]
 
@@ -107,7 +107,7 @@ def test_a_lora_is_refused_by_name(tmp_path):
     shapes = {f"diffusion_model.blocks.{n}.self_attn.q.lora_{part}.weight": (4, 4) for n in range(3) for part in "AB"}
     refused(shapes, tmp_path / "lora.safetensors", "is a LoRA: wanted a whole model. Load it through a LoRA loader$")
     shapes["diffusion_model.blocks.0.attn.to_gate_compress.set_weight"] = (4, 4)
-    refused(shapes, tmp_path / "gates.safetensors", "or its gates through Attach VSA Gates")
+    refused(shapes, tmp_path / "gates.safetensors", "and its gates, which that leaves out, through Attach VSA Gates")
 
 
 def test_a_block_without_its_tensors_is_refused(tmp_path, shapes):

@@ -70,7 +70,7 @@ def test_the_real_key_list_of_turbowan_1_3b_maps_completely(tmp_path):
         "SLA projections in 30 of 30 layers",
         "Trained as TurboWan2.1-T2V-1.3B-480P: ratio 0.1 (0.15 for quality), runs of 128 queries and 64 keys, feature "
         "map softmax",
-        "Sample with 4 steps, sigmas 0.98765, 0.93378, 0.8529, 0.60898, 0 with lcm, cfg 1",
+        "Sample with 4 steps, sigmas 0.98765, 0.93378, 0.8529, 0.60898, 0 with lcm, cfg 1, no other few-step LoRA",
         "WARNING: trained with SLA. Sample it through Sparse Linear Attention (SLA) with start_percent 0 and no other "
         "sparse node; dense or without its projections it is not the model that was trained"]
 
@@ -128,7 +128,8 @@ def test_projections_of_another_family_are_refused(tmp_path):
 
 def test_int8_weights_are_refused_with_the_file_to_take_instead(tmp_path, shapes):
     shapes["blocks.0.ffn.0.int8_weight"] = shapes.pop("blocks.0.ffn.0.weight")
-    refused(shapes, tmp_path / "TurboWan2.1-T2V-1.3B-480P-quant.safetensors", "use the file of the same name without -")
+    refused(shapes, tmp_path / "TurboWan2.1-T2V-1.3B-480P-quant.safetensors",
+            "Use the file of the same name without -quant, or convert it: ")
 
 
 def test_a_flat_patch_embedding_that_is_no_patch_is_refused(tmp_path, shapes):

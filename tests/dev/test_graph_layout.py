@@ -9,6 +9,7 @@ from graphs.page import GREEN, NEGATIVE, POSITIVE, SLOT, TITLE, least_height
 
 PATHS = sorted((Path(__file__).resolve().parents[2] / "workflows").glob("*.json"))
 OURS = {"VideoSparseAttentionPatch", "SlidingTileAttentionPatch", "SparseAttentionReport", "STAStrategySearch",
+        "SparseAttentionCalibrate",
         "SaveSTAStrategy", "LoadSTAStrategy", "SparseLinearAttentionPatch", "VideoMixtureOfBlockAttentionPatch"}
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = sorted((ROOT / "workflows").glob("*.json"))
 FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras"}
 WITHOUT_ADDRESS = {"FastWan2.1-T2V-1.3B-Diffusers", "TurboWan2.1-T2V-1.3B-Diffusers", "FastWan2.1-T2V-1.3B.safetensors",
-                   "wan2.1_1.3b_480p_00001_.json"}
+                   "TurboWan2.2-I2V-A14B-high-720P.safetensors", "TurboWan2.2-I2V-A14B-low-720P.safetensors",
+                   "wan2.1_1.3b_480p_00001_.json", "wan2.1_1.3b_480p_vsa_00001_.json"}
 """Folders, a file that the user makes of it, and one that another graph makes."""
 CELLS = {"EmptyHunyuanLatentVideo": (4, 16), "WanImageToVideo": (4, 16), "EmptyHunyuanVideo15Latent": (4, 16),
          "HunyuanVideo15ImageToVideo": (4, 16), "EmptyLTXVLatentVideo": (8, 32)}
@@ -140,6 +141,19 @@ def test_the_stored_graph_is_what_its_description_draws(path):
         else:
             assert {**widgets(stored), **{k: v for k, v in node.inputs.items() if k not in linked}} == widgets(stored)
     assert [box.title for box in page.boxes] == [group["title"] for group in graph["groups"]]
+
+
+@pytest.mark.parametrize(("name", "largest"), [("turbowan_t2v_sla_4step", 80), ("turbowan22_i2v_sla_4step", 200)])
+def test_the_sigmas_of_turbowan_are_those_it_was_distilled_at_and_change_the_model_at_0_9(name, largest):
+    from pack.checkpoints.trained import rcm_sigmas
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    found = {node["type"]: widgets(node) for node in graph["nodes"] if node["type"] != "MarkdownNote"}
+    sigmas = [float(sigma) for sigma in found["ManualSigmas"]["sigmas"].split(",")]
+    assert all(abs(x - y) <= 1e-5 for x, y in zip(sigmas, rcm_sigmas(largest), strict=True))
+    assert found["KSamplerSelect"]["sampler_name"] == "lcm" and "BasicGuider" in found
+    if "SplitSigmas" in found:
+        step = found["SplitSigmas"]["step"]
+        assert sigmas[step - 1] > 0.9 > sigmas[step]
 
 
 def test_every_description_is_stored():

@@ -33,14 +33,14 @@ def proofs(tmp_path, monkeypatch):
 def test_every_end_of_a_process_is_a_verdict_and_the_next_kernel_gets_a_process_of_its_own():
     names = ["well", "fatal", "wrong", "stuck", "well"]
     found = [(job[0].name, proof) for job, proof in prove.prove_jobs(
-        [(BY_NAME[name], CALL) for name in names], COMMAND, seconds=20)]
+        [(BY_NAME[name], CALL) for name in names], COMMAND, seconds=12)]
     assert [name for name, _ in found] == names
     well, fatal, wrong, stuck, again = (proof for _, proof in found)
     assert well.passed and again.passed and well.cases == 12
     assert not fatal.passed and fatal.lasting
     assert fatal.reason == "it ended the process with status 134: an illegal instruction was encountered"
     assert not wrong.passed and "relative L2" in wrong.reason
-    assert stuck.reason == "it was not done after 20 s and was stopped"
+    assert stuck.reason == "it was not done after 12 s and was stopped"
 
 
 def test_running_out_of_memory_in_the_process_is_no_verdict():

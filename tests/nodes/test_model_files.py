@@ -264,3 +264,13 @@ def test_every_input_has_a_tooltip_and_the_node_a_help_page(comfyui, node):
     assert all(getattr(entry, "tooltip", None) for entry in schema.inputs)
     page = (Path(__file__).resolve().parents[2] / "web" / "docs" / f"{node}.md").read_text()
     assert all(f"`{entry.id}`" in page for entry in schema.inputs)
+
+
+def test_a_pytorch_file_is_listed_and_choosing_it_says_how_to_convert_it(folders, state):
+    from pack.nodes.trained.load_sparse_diffusion_model import SparseDiffusionModelLoader
+    from pack.nodes.trained.model_files import gate_file_names
+    path = folders / "diffusion_models" / "TurboWan2.1-T2V-1.3B-480P.pth"
+    torch.save(state, path)
+    assert listed() == [path.name] and path.name not in gate_file_names()
+    with pytest.raises(ValueError, match="found a PyTorch file .* Convert it: .* python -m checkpoints.convert"):
+        SparseDiffusionModelLoader.execute(path.name)

@@ -6,7 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from make_sla_checkpoints import NATIVE, SLA_KINDS, is_projection
+from make_sla_checkpoints import NATIVE, SLA_KINDS, flat_patch, is_projection, quantised
+from make_tiny import save
 
 GRID = (5, 10, 12)
 """150 tokens: three runs of 64 keys."""
@@ -40,6 +41,19 @@ def test_every_layout_samples_the_same_with_nothing_missing(load, write_sla, sla
     assert relative_l2(draw(patched, GRID), draw(wanted, GRID)) <= 1e-6
     assert run_of(patched).gated == {0: 2, 1: 2} and "SLA projections in 2 of 2 layers" in description
     assert "unet missing" not in caplog.text and "unet unexpected" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["", "-quant"])
+def test_turbodiffusions_files_sample_the_same_when_converted(load, write_sla, sla, sla_state, draw, tmp_path, kind):
+    from pack.checkpoints.convert import convert
+    state, wanted = quantised(sla_state) if kind else (sla_state, sla_state)
+    torch.save(flat_patch(state), tmp_path / f"turbo{kind}.pth")
+    convert(tmp_path / f"turbo{kind}.pth", tmp_path / "turbo.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "turbo.safetensors")
+    save(found, tmp_path / "told.safetensors", {"text_dim": 64})      # which no tensor of so small a model tells
+    model, description = load(tmp_path / "told.safetensors")
+    assert "SLA projections in 2 of 2 layers" in description
+    assert relative_l2(draw(sla(model), GRID), draw(sla(load(write_sla("native", wanted))[0]), GRID)) <= 1e-6
 
 
 def test_projections_change_the_result_and_are_used_in_every_layer(turbo, wan, sla, run_of, draw):

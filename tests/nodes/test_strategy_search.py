@@ -4,31 +4,7 @@ import re
 import pytest
 import torch
 
-LATENT = (8, 16, 16)      # 8x8x8 tokens: 2x2x2 tiles of 4x4x4
-LATENT_LONG = (24, 16, 48)   # 24x8x24 tokens: 6x2x6 tiles of 4x4x4
-
-
-def plant(model):
-    """A clone of the tiny Wan whose head 0 looks along time and height only (local in width), head 1 along height
-    and width only (local in time): constant queries and keys with weight on one axis' rotary frequencies."""
-    clone = model.clone()
-    net = model.model.diffusion_model
-    sizes = (44, 42, 42)                 # rotary channels of t, h, w in a head of 128
-    offsets = {"t": 0, "h": sizes[0], "w": sizes[0] + sizes[1]}
-    bias = torch.full((256,), 1e-4)
-    for head, axis in ((0, "w"), (1, "t")):
-        first = head * 128 + offsets[axis]
-        bias[first:first + 20] = 1.0     # the fast half: neighbours differ
-    for i in range(len(net.blocks)):
-        name = f"diffusion_model.blocks.{i}.self_attn"
-        for part in "qk":
-            weight = clone.get_key_patches(f"{name}.{part}.weight")
-            shape = net.blocks[i].self_attn.q.weight.shape
-            assert weight is not None
-            clone.add_patches({f"{name}.{part}.weight": ("set", (torch.zeros(shape),)),
-                               f"{name}.{part}.bias": ("set", (bias,)),
-                               f"{name}.norm_{part}.weight": ("set", (torch.full((256,), 6.0),))}, 1.0)
-    return clone
+from planted_heads import LATENT, LATENT_LONG, plant
 
 
 @pytest.fixture
@@ -144,10 +120,10 @@ def test_an_interrupted_search_goes_on_where_it_stopped(wan, search, output, mon
 
 
 def test_a_finished_search_is_not_done_again_whatever_is_chosen_from_it(wan, search, output, monkeypatch):
-    from pack.nodes.strategies import strategy_measurement, strategy_search
+    from pack.nodes.strategies import dense_sampling, strategy_measurement, strategy_search
     knobs = dict(latent=(8, 16, 32), max_error=0.07)
     first = search(wan, **knobs)
-    for module, name in ((strategy_measurement, "candidate_errors"), (strategy_search.host_nodes, "common_ksampler")):
+    for module, name in ((strategy_measurement, "candidate_errors"), (dense_sampling.host_nodes, "common_ksampler")):
         monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("measured again"))
     again = search(wan, **knobs)
     assert again[0] == first[0] and again[1] == first[1], "the same file, named again"
@@ -245,7 +221,7 @@ def test_what_is_left_is_told_and_the_result_is_saved_by_itself(wan, search, cap
     with caplog.at_level(logging.INFO):
         strategy, report = search(wan, latent=(8, 16, 32), steps=4, measured_steps=3)[:2]
     assert re.findall(r"(\d) of 3 steps measured, about [\d.]+ s left", caplog.text) == ["1", "2"]
-    name = re.match(r"saved as output/sta_strategies/(\S+): Load STA Strategy lists it\n", report).group(1)
+    name = re.match(r"saved as output/sta_strategies/(\S+): Load Sparse Attention Strategy lists it\n", report).group(1)
     assert re.fullmatch(r"WAN21_8x8x16_error_0\.15_\d{5}_\.json", name)
     assert name in strategy_names() and folder_paths.get_full_path(FOLDER, name)
     assert LoadSTAStrategy.execute(name)[0] == strategy

@@ -1,4 +1,5 @@
 """The shapes of backend, metadata, builder and implementation that every sparse method fills in."""
+import inspect
 from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
@@ -81,3 +82,37 @@ def test_an_implementation_leaves_tensors_as_they_are_unless_it_says_otherwise(p
     assert PassThrough().preprocess_qkv(x, plan) is x
     assert PassThrough().postprocess_output(x, plan) is x
     assert PassThrough().forward(x, x, x, plan) is x
+
+
+def test_what_a_method_has_to_fill_in_raises_where_it_calls_it():
+    for cls, names in ((AttentionBackend, ("get_name", "get_impl_cls", "get_metadata_cls", "get_builder_cls")),
+                       (AttentionMetadataBuilder, ("__init__", "prepare", "build")), (AttentionImpl, ("forward",))):
+        for name in names:
+            body = getattr(cls, name)
+            with pytest.raises(NotImplementedError):
+                body(*[None] * sum(1 for part in inspect.signature(body).parameters.values()
+                                   if part.kind is part.POSITIONAL_OR_KEYWORD))
+    with pytest.raises(NotImplementedError):
+        AttentionImpl.__init__(PassThrough(), 1, 1, 1.0)
+
+
+class InOrder(PassThrough):
+    """Marks every stage, so that a stage that is left out or comes too early shows."""
+
+    def preprocess_qkv(self, qkv, attn_metadata):
+        assert qkv.shape[0] == 6, "q, k and v of a batch of 2, stacked"
+        return qkv * 2
+
+    def forward(self, query, key, value, attn_metadata):
+        return query + 10 * key + 100 * value + 1
+
+    def postprocess_output(self, output, attn_metadata):
+        return output * 3
+
+
+def test_the_whole_way_is_preprocess_forward_postprocess_in_this_order(plan):
+    q, k, v = torch.randn(3, 2, 5, 1, 4, dtype=torch.float64)
+    assert torch.equal(InOrder().attend(q, k, v, plan), (2 * q + 10 * (2 * k) + 100 * (2 * v) + 1) * 3)
+    with pytest.raises(ValueError, match="wanted one shape: they are stacked for preprocess_qkv"):
+        InOrder().attend(q, k[:, :3], v[:, :3], plan)
+    assert torch.equal(PassThrough().attend(q, k[:, :3], v[:, :3], plan), v[:, :3]), "without one they may differ"

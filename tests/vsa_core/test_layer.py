@@ -163,3 +163,12 @@ def test_a_layer_made_once_serves_every_step_and_layer_of_a_strategy():
                 out = layer(q, k, v)
             assert relative_l2(out, sta_attention_oracle(q, k, v, THW, (2, 4, 4), table[step][block])) <= 1e-5
     assert isinstance(layer.attn_impl, SlidingTileAttentionImpl)
+
+
+@pytest.mark.parametrize(("backend", "metadata"), [(VSA, vsa_metadata), (STA, sta_metadata)], ids=["VSA", "STA"])
+def test_a_backward_pass_is_refused_with_what_to_do(backend, metadata):
+    q, k, v = inputs().requires_grad_()
+    with set_forward_context(metadata()):
+        out = LocalAttention(2, 8, supported_attention_backends=(backend,))(q, k, v)
+    with pytest.raises(RuntimeError, match="has no backward pass.*torch.no_grad.*train with dense attention"):
+        out.sum().backward()

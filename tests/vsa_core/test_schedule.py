@@ -43,7 +43,7 @@ def test_the_last_block_is_dense_only_where_it_is_last():
     assert blocks.contains(29, 30) and not blocks.contains(29, 40) and not blocks.contains(30, 40)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.integers(-50, 50), st.tuples(st.integers(0, 50), st.integers(0, 9))), max_size=6),
        st.integers(1, 60))
 def test_any_list_of_numbers_and_ranges_names_their_union(parts, total):

@@ -7,12 +7,11 @@ import torch
 from oracles import dense_attention_oracle
 from pack.vsa_core import search
 from pack.vsa_core.backends.sliding_tile_attn import SlidingTileAttentionImpl, SlidingTileAttentionMetadataBuilder
+from pack.vsa_core.choosing import choose_under_density, choose_under_error
 from pack.vsa_core.grid import TokenGrid
 from pack.vsa_core.search import (
     ErrorTable,
     candidate_errors,
-    choose_under_density,
-    choose_under_error,
     default_candidates,
     search_result,
 )
@@ -155,7 +154,7 @@ def test_under_a_density_the_loss_is_the_best_one_up_to_one_upgrade(seed):
         assert best - 1e-12 <= lost < best + float(loss.max())
         if budget == 1.0:
             assert lost == best == 0
-    with pytest.raises(ValueError, match="density 0.0: the cheapest window has 0"):
+    with pytest.raises(ValueError, match="density 0.0: the cheapest choice has 0"):
         choose_under_density(errors, costs, 0.0)
 
 

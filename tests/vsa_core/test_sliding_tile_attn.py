@@ -135,6 +135,14 @@ def test_upstreams_grids_are_tiled_in_upstreams_order(tokens, thw):
     assert torch.equal(tiled, wanted) and torch.equal(impl.untile(tiled), x)
 
 
+@pytest.mark.parametrize("tokens", [115201, 115210, 115264, 115456])
+def test_text_behind_upstreams_grid_comes_back_without_metadata(tokens):
+    x = torch.arange(tokens, dtype=torch.float32).view(1, tokens, 1, 1)
+    impl = SlidingTileAttentionImpl(num_heads=1, head_size=1)
+    tiled = impl.tile(x)
+    assert tiled.shape[1] % 64 == 0 and torch.equal(impl.untile(tiled), x)
+
+
 def test_a_full_hunyuan_sequence_with_text_is_the_oracles_without_being_told_its_grid():
     windows, text = [(1, 1, 3), (3, 1, 1)], 77
     q, k, v = random_inputs(115200 + text, heads=2, dim=4)
@@ -162,6 +170,9 @@ def test_the_windows_are_those_of_the_step_and_the_layer(step, layer, window):
 def test_a_range_dict_finds_numbers_in_ranges_and_names_its_keys_otherwise():
     shapes = RangeDict({(10, 20): "range", 5: "one"})
     assert [shapes[10], shapes[20], shapes[15], shapes[5]] == ["range"] * 3 + ["one"]
+    assert [number in shapes for number in (9, 10, 20, 21, 5, (10, 20), "x")] == [False, True, True, False, True, True,
+                                                                                  False]
+    assert [shapes.get(15), shapes.get(21), shapes.get(21, "none"), shapes.get(5)] == ["range", None, "none", "one"]
     with pytest.raises(KeyError, match="21 tokens: wanted 10 to 20, 5"):
         shapes[21]
     assert UPSTREAM_SHAPES[115456] == (30, 48, 80)
@@ -216,6 +227,29 @@ def test_an_implementation_refuses_what_the_method_has_not(options, found):
 def test_a_window_that_is_none_is_refused(window, found):
     with pytest.raises(ValueError, match=found):
         metadata((5, 5, 6), window)
+
+
+def test_windows_of_one_step_are_taken_as_layers_of_heads_whatever_the_step():
+    row = [[(1, 1, 1), (2, 2, 2)], [(3, 1, 1), (1, 1, 3)]]
+    q, k, v = random_inputs(150)
+    of_step, of_run = metadata((5, 5, 6), row), metadata((5, 5, 6), [row])
+    assert torch.equal(attention(q, k, v, of_step.at(7, 1)), attention(q, k, v, of_run.at(0, 1)))
+    with pytest.raises(ValueError, match="step 7, layer 2: STA_param has 2 layers"):
+        of_step.at(7, 2).windows(2)
+
+
+@pytest.mark.parametrize("param", [lambda row: [[row]], lambda row: [row]], ids=["of a run", "of a step"])
+def test_a_rank_with_some_heads_uses_their_windows(param):
+    row = [(1, 1, 1), (2, 2, 2), (3, 1, 1), (1, 1, 3)]
+    q, k, v = random_inputs(150, heads=4)
+    whole = attention(q, k, v, metadata((5, 5, 6), param(row)).at(0, 0))
+    for first in (0, 2):
+        impl = SlidingTileAttentionImpl(num_heads=2, head_size=8)
+        impl.first_head, part = first, slice(first, first + 2)
+        out = impl.attend(q[:, :, part], k[:, :, part], v[:, :, part], metadata((5, 5, 6), param(row)).at(0, 0))
+        assert torch.equal(out, whole[:, :, part])
+    with pytest.raises(ValueError, match="STA_param has 4 heads, wanted those from 3 to 4"):
+        metadata((5, 5, 6), param(row)).at(0, 0).windows(2, first_head=3)
 
 
 def test_windows_that_a_strategy_lacks_are_named():

@@ -268,3 +268,12 @@ def test_a_token_grid_counts_its_tokens():
 def test_an_impossible_token_grid_says_what_it_found_and_what_it_wants(thw, prefix, suffix, found):
     with pytest.raises(ValueError, match=f"{found}.*wanted"):
         TokenGrid(thw, prefix, suffix)
+
+
+def test_block_sizes_are_cached_and_a_last_tile_that_would_be_empty_counts_as_whole():
+    """As upstream: (5, 4, 4) tokens in (3, 1, 1) tiles have none left for the third."""
+    with torch.inference_mode():
+        sizes = construct_variable_block_sizes((5, 4, 4), (3, 1, 1), CPU, (4, 4, 4))
+    assert sizes.tolist() == [64, 64, 64] and not sizes.is_inference()
+    assert construct_variable_block_sizes((5, 4, 4), (3, 1, 1), CPU, (4, 4, 4)) is sizes
+    assert construct_variable_block_sizes((5, 4, 4), (2, 1, 1), CPU, (4, 4, 4)).tolist() == [64, 16]

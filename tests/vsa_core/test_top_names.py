@@ -10,7 +10,8 @@ from pack import vsa_core
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
     "AttentionBackend": (), "AttentionMetadata": ("asdict_zerocopy",),
-    "AttentionMetadataBuilder": ("build", "prepare"), "LocalAttention": ("forward",), "get_attn_backend": ()}
+    "AttentionMetadataBuilder": ("build", "prepare"), "LocalAttention": ("forward",),
+    "DistributedAttention": ("forward",), "DistributedAttention_VSA": ("forward",), "get_attn_backend": ()}
 
 
 @pytest.mark.parametrize("name", WANTED)

@@ -18,6 +18,7 @@ from pack.vsa_core.window import (
     parse_window,
     share_of_window,
     window_density,
+    window_of_density,
     window_of_share,
     window_tile_share,
 )
@@ -126,3 +127,14 @@ def test_a_window_of_the_wrong_kind_is_refused(window):
 def test_fractions_of_the_wrong_kind_are_refused(share):
     with pytest.raises(ValueError, match="wanted"):
         check_share(share)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("window", [(1, 1, 1), (5, 3, 3), (1, 3, 7)], ids=str)
+def test_the_smallest_window_of_some_proportions_that_computes_a_density(window, density):
+    grid, tile = TokenGrid((20, 24, 52)), (4, 4, 4)
+    found = window_of_density(grid, tile, window, density)
+    assert window_density(grid, tile, found) >= density
+    scaled = [effective_window(tuple(max(1, round(n / 100 * w)) for w in window), (5, 6, 13)) for n in range(1, 1400)]
+    enough = [other for other in scaled if window_density(grid, tile, other) >= density]
+    assert found == min(enough, key=lambda other: window_density(grid, tile, other))

@@ -25,19 +25,23 @@ class AttentionBackend(ABC):
 
     @staticmethod
     @abstractmethod
-    def get_name() -> str: ...
+    def get_name() -> str:
+        raise NotImplementedError
 
     @staticmethod
     @abstractmethod
-    def get_impl_cls() -> type[AttentionImpl]: ...
+    def get_impl_cls() -> type[AttentionImpl]:
+        raise NotImplementedError
 
     @staticmethod
     @abstractmethod
-    def get_metadata_cls() -> type[AttentionMetadata]: ...
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        raise NotImplementedError
 
     @staticmethod
     @abstractmethod
-    def get_builder_cls() -> type[AttentionMetadataBuilder]: ...
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        raise NotImplementedError
 
     @staticmethod
     def get_supported_head_sizes() -> list[int]:
@@ -64,14 +68,17 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
     """Makes metadata with its tensors on the device."""
 
     @abstractmethod
-    def __init__(self) -> None: ...
+    def __init__(self) -> None:
+        raise NotImplementedError
 
     @abstractmethod
     def prepare(self) -> None:
         """Get ready for one batch."""
+        raise NotImplementedError
 
     @abstractmethod
-    def build(self, **kwargs: Any) -> T: ...
+    def build(self, **kwargs: Any) -> T:
+        raise NotImplementedError
 
     @staticmethod
     def refuse_unknown(kwargs: dict[str, Any], own: Callable[..., Any]) -> None:
@@ -94,7 +101,8 @@ class AttentionImpl(ABC, Generic[T]):
 
     @abstractmethod
     def __init__(self, num_heads: int, head_size: int, softmax_scale: float, causal: bool = False,
-                 num_kv_heads: int | None = None, prefix: str = "", **extra_impl_args) -> None: ...
+                 num_kv_heads: int | None = None, prefix: str = "", **extra_impl_args) -> None:
+        raise NotImplementedError
 
     def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T) -> torch.Tensor:
         """Bring stacked q, k, v [n*B, S, H, D] into the order that `forward` works in."""
@@ -107,6 +115,7 @@ class AttentionImpl(ABC, Generic[T]):
     @abstractmethod
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T) -> torch.Tensor:
         """Attention on [B, S, H, D] tensors in the method's own order."""
+        raise NotImplementedError
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T,
                gate_compress: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,7 +128,18 @@ class AttentionImpl(ABC, Generic[T]):
 
     def attend_readable(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T,
                         gate_compress: torch.Tensor | None = None) -> torch.Tensor:
-        """`attend` for tensors whose last dimension is contiguous: what a method overrides."""
+        """`attend` for tensors whose last dimension is contiguous: what a method overrides.
+
+        A method that does not gets preprocess_qkv on q, k and v stacked, forward, postprocess_output.
+        """
         if gate_compress is not None:
             raise ValueError(f"{type(self).__name__} has no coarse branch: found gate_compress, wanted None")
+        if type(self).preprocess_qkv is not AttentionImpl.preprocess_qkv:
+            query, key, value = self._preprocessed(query, key, value, attn_metadata)
         return self.postprocess_output(self.forward(query, key, value, attn_metadata), attn_metadata)
+
+    def _preprocessed(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: T) -> tuple[Tensor, ...]:
+        if not query.shape == key.shape == value.shape:
+            raise ValueError(f"{type(self).__name__}: found q {list(query.shape)}, k {list(key.shape)}, v "
+                             f"{list(value.shape)}, wanted one shape: they are stacked for preprocess_qkv")
+        return self.preprocess_qkv(torch.cat((query, key, value)), attn_metadata).chunk(3)

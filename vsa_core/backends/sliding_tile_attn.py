@@ -18,6 +18,7 @@ from ..far_field import far_field
 from ..grid import Thw, TokenGrid
 from ..layout import TileLayout, to_sequence, to_slots
 from ..lowering import attend_lists, attend_lists_in_sequence
+from ..range_dict import RangeDict
 from ..selection import block_means
 from ..window import Share, check_share, check_window, is_full, window_density, window_of_share
 from ..window_lists import WindowLists
@@ -25,17 +26,6 @@ from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, Attent
 
 STA_TILE_SIZE: Thw = (6, 8, 8)
 """The tile of every published strategy."""
-
-
-class RangeDict(dict):
-    """A dict whose keys may be (first, last) ranges of integers, both ends included."""
-
-    def __getitem__(self, item):
-        for key in self:
-            if key[0] <= item <= key[1] if isinstance(key, tuple) else key == item:
-                return super().__getitem__(key)
-        keys = ", ".join(f"{key[0]} to {key[1]}" if isinstance(key, tuple) else str(key) for key in self)
-        raise KeyError(f"sequence of {item} tokens: wanted {keys}, or metadata built with raw_latent_shape")
 
 
 UPSTREAM_SHAPES = RangeDict({(115200, 115456): (30, 48, 80), 82944: (36, 48, 48), 69120: (18, 48, 80)})
@@ -47,7 +37,7 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
     """The windows of a run, and the token grid that they slide over."""
 
     STA_param: list[list[Any]] | Thw
-    """Windows in tiles as [step][layer][head], or one for all."""
+    """Windows in tiles as [step][layer][head], as [layer][head] of this step, or one for all."""
     layer: int | None = None
     """Transformer block of the next call, for an implementation that does not know its own."""
     layout: TileLayout | None = None
@@ -68,8 +58,11 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
             self.lists = WindowLists(self.layout)
         return self.layout
 
-    def windows(self, heads: int, layer: int | None = None) -> tuple[Thw, ...]:
-        """The window of every head at this step. Raises ValueError where STA_param has none: found, wanted."""
+    def windows(self, heads: int, layer: int | None = None, first_head: int | None = None) -> tuple[Thw, ...]:
+        """The window of every head at this step. Raises ValueError where STA_param has none: found, wanted.
+
+        first_head: the heads are those from there on of a model of more; None: they are all that it has.
+        """
         param = self.STA_param
         if isinstance(param[0], int):
             return (tuple(param),) * heads
@@ -78,12 +71,20 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
             raise ValueError("windows differ per layer and the layer is unknown: wanted metadata.at(step, layer) or "
                              "an implementation with a prefix such as blocks.7.attn1.impl")
         place = f"step {self.current_timestep}, layer {layer}"
-        if not 0 <= self.current_timestep < len(param):
-            raise ValueError(f"windows for {place}: STA_param has {len(param)} steps; resample the strategy")
-        if not 0 <= layer < len(param[self.current_timestep]):
-            raise ValueError(f"windows for {place}: STA_param has {len(param[self.current_timestep])} layers; "
+        layers = param
+        if not _of_one_step(param):
+            if not 0 <= self.current_timestep < len(param):
+                raise ValueError(f"windows for {place}: STA_param has {len(param)} steps; resample the strategy")
+            layers = param[self.current_timestep]
+        if not 0 <= layer < len(layers):
+            raise ValueError(f"windows for {place}: STA_param has {len(layers)} layers; "
                              "wanted a strategy made for this model")
-        row = param[self.current_timestep][layer]
+        row = layers[layer]
+        if first_head is not None:
+            if not 0 <= first_head <= len(row) - heads:
+                raise ValueError(f"windows for {place}: STA_param has {len(row)} heads, wanted those from {first_head} "
+                                 f"to {first_head + heads - 1}; wanted a strategy made for this model")
+            row = row[first_head:first_head + heads]
         if len(row) != heads:
             raise ValueError(f"windows for {place}: STA_param has {len(row)} heads, the model {heads}; "
                              "wanted a strategy made for this model")
@@ -96,6 +97,12 @@ class SlidingTileAttentionMetadata(AttentionMetadata):
         windows = self.windows(heads, layer)
         return sum(window_density(self.layout.grid, self.layout.tile_size, window) * windows.count(window)
                    for window in set(windows)) / heads
+
+
+def _of_one_step(param) -> bool:
+    """Whether windows are given as [layer][head], not as [step][layer][head]."""
+    head = next((head for layer in param for head in layer if head is not None), None)
+    return bool(head) and isinstance(head[0], int)
 
 
 class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAttentionMetadata]):
@@ -115,7 +122,8 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
     ) -> SlidingTileAttentionMetadata:
         """Metadata for a latent of raw_latent_shape (t, h, w) cells, cut by patch_size into tokens, floor.
 
-        STA_param: windows in tiles as [step][layer][head], one window for all, or one as fractions of the grid.
+        STA_param: windows in tiles as [step][layer][head] or, of one step, as [layer][head]; one window for all, or one
+        as fractions of the grid.
         raw_latent_shape None: one of upstream's three grids, told by the length of the first sequence.
         prefix, suffix, hidden: the tokens that are not video, as in `TokenGrid`.
         Raises ValueError for a window, tile or grid that is none, TypeError for a keyword that no builder has.
@@ -123,7 +131,7 @@ class SlidingTileAttentionMetadataBuilder(AttentionMetadataBuilder[SlidingTileAt
         self.refuse_unknown(kwargs, self.build)
         if not isinstance(STA_param, Sequence) or isinstance(STA_param, str) or not len(STA_param):
             raise ValueError(f"STA_param {STA_param!r}: wanted a window such as (3, 3, 5), or windows as "
-                             "[step][layer][head]")
+                             "[step][layer][head] or [layer][head]")
         layout = None
         if raw_latent_shape is not None:
             shape = tuple(latent // patch for latent, patch in zip(raw_latent_shape, patch_size, strict=True))
@@ -164,13 +172,20 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
         self.far_field = far_field
         numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
         self.layer = numbers[-1] if numbers else None
+        self.first_head: int | None = None
+        """The model's head that is the first of these calls, for a rank that has some of them; None: they have all."""
+        self._untiled: tuple[int, int] | None = None
+        """Slots and tokens of what `tile` last had without metadata, as text behind a grid fills its slots in part."""
 
     def tile(self, x: Tensor, attn_metadata: SlidingTileAttentionMetadata | None = None) -> Tensor:
         """Tokens in slot order, padding slots zero.   x: [B, tokens, H, D] -> [B, S, H, D]
 
         Without metadata the grid is upstream's for this length. With it, aliasing contract: `layout.to_slots`.
         """
-        return to_slots((x,), self._layout(x, attn_metadata))
+        tiled = to_slots((x,), self._layout(x, attn_metadata))
+        if attn_metadata is None:
+            self._untiled = tiled.shape[1], x.shape[1]
+        return tiled
 
     def tile_parts(self, parts: tuple[Tensor, ...], attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
         """`tile` of the parts stacked on the batch axis, without the stacked copy. Same aliasing contract."""
@@ -179,8 +194,10 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
     def untile(self, x: Tensor, attn_metadata: SlidingTileAttentionMetadata | None = None) -> Tensor:
         """Tokens back in sequence order, padding dropped.   x: [B, S, H, D] -> [B, tokens, H, D]
 
-        Without metadata x is one of upstream's grids and no text.
+        Without metadata x has as many slots as what was last tiled without, or is one of upstream's grids and no text.
         """
+        if attn_metadata is None and self._untiled is not None and x.shape[1] == self._untiled[0]:
+            return to_sequence(x, self._layout_of(self._untiled[1], x.device))
         return to_sequence(x, self._layout(x, attn_metadata))
 
     def preprocess_qkv(self, qkv: Tensor, attn_metadata: SlidingTileAttentionMetadata) -> Tensor:
@@ -226,7 +243,7 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
 
     def _launch(self, run, q: Tensor, k: Tensor, v: Tensor, md: SlidingTileAttentionMetadata, means) -> Tensor:
         """means: makes those of q, k and v, called where a far field needs them."""
-        launches = md.lists.launches(md.windows(q.shape[2], self.layer))
+        launches = md.lists.launches(md.windows(q.shape[2], self.layer, self.first_head))
         tiles, outputs = md.layout.num_tiles, []
         far = [self.far_field and not all(is_full(window, tiles) for window in part.windows) for part in launches]
         found = means() if any(far) else ()
@@ -242,13 +259,15 @@ class SlidingTileAttentionImpl(AttentionImpl[SlidingTileAttentionMetadata]):
                                self.softmax_scale, self.backend, **start))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
+    @classmethod
+    def _layout(cls, x: Tensor, md: SlidingTileAttentionMetadata | None) -> TileLayout:
+        return cls._layout_of(x.shape[1], x.device) if md is None else md.on(x.shape[1], x.device)
+
     @staticmethod
-    def _layout(x: Tensor, md: SlidingTileAttentionMetadata | None) -> TileLayout:
-        if md is not None:
-            return md.on(x.shape[1], x.device)
-        thw = UPSTREAM_SHAPES[x.shape[1]]
-        return TileLayout.of_grid(TokenGrid(thw, suffix=x.shape[1] - thw[0] * thw[1] * thw[2]), STA_TILE_SIZE,
-                                  x.device, cache_tile_buf=False)
+    def _layout_of(tokens: int, device: torch.device) -> TileLayout:
+        thw = UPSTREAM_SHAPES[tokens]
+        return TileLayout.of_grid(TokenGrid(thw, suffix=tokens - thw[0] * thw[1] * thw[2]), STA_TILE_SIZE, device,
+                                  cache_tile_buf=False)
 
 
 class SlidingTileAttentionBackend(AttentionBackend):

@@ -28,7 +28,7 @@ from ..layout import (
 )
 from ..lowering import attend_lists, attend_lists_in_sequence, dense_lists
 from ..mass_lists import KeptTiles
-from ..selection import block_means, tile_lists_to_blocks
+from ..selection import HeadGroups, block_means, tile_lists_to_blocks
 from .abstract import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
 
 __all__ = ["VSA_TILE_SIZE", "VideoSparseAttentionBackend", "VideoSparseAttentionImpl", "VideoSparseAttentionMetadata",
@@ -102,7 +102,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     ) -> None:
         """backend: the kernel, as in `kernels.block_sparse_attention`.
 
-        on_selection is called with the kept tiles, int32 [B, H, N, k], of every forward pass.
+        on_selection is called with the kept tiles, int32 [B, H, N, k], of every forward pass; -1 is none.
         far_field: tiles that are not kept count as one key each (`far_field.py`); for weights not trained sparse.
         Raises ValueError for causal attention and for fewer key heads than query heads: VSA has neither.
         """
@@ -115,6 +115,9 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         self.backend, self.on_selection, self.far_field = backend, on_selection, far_field
         self.kept: KeptTiles | None = None
         """Read these in place of the k tiles that score highest; `on_selection` is not called then."""
+        self.kept_by_head: tuple[int, ...] | None = None
+        """k of every head, in place of the metadata's one k for all."""
+        self._groups: dict[tuple, HeadGroups] = {}
 
     def tile(self, x: Tensor, attn_metadata: VideoSparseAttentionMetadata) -> Tensor:
         """Tokens in slot order, padding slots zero.   x: [B, total_seq_length, H, D] -> [B, S, H, D]
@@ -194,7 +197,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                                         gate[0] if gate else None, coarse, *self._far(means, lists, md))
 
     def _reads_all(self, md) -> bool:
-        return self.kept is None and md.topk == md.variable_block_sizes.shape[0]
+        return self.kept is None and self.kept_by_head is None and md.topk == md.variable_block_sizes.shape[0]
 
     def _far(self, means, lists, md) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Of what the lists leave out, as `kernels.block_sparse_attention` wants it."""
@@ -208,6 +211,8 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             return self.kept.lists(md)
         batch, _, heads, _ = query.shape
         per_tile = md.blocks_per_tile
+        if self.kept_by_head is not None:
+            return self._by_head(means, md)
         if topk == tiles:
             if self.on_selection is not None:
                 self.on_selection(self._every_tile(query, tiles), md)
@@ -222,10 +227,24 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         """`_lists` for tensors in slots."""
         if self.kept is not None:
             return self.kept.lists(md)
+        if self.kept_by_head is not None:
+            return self._by_head(means, md)
         tiles = self._select(query, means, md)
         if self.on_selection is not None:
             self.on_selection(tiles, md)
         return tile_lists_to_blocks(tiles, md.blocks_per_tile, tiles.shape[2], md.num_other_blocks)
+
+    def _by_head(self, means, md) -> tuple[Tensor, Tensor]:
+        kept, device = self.kept_by_head, means[0].device
+        if len(kept) != means[0].shape[1]:
+            raise ValueError(f"tiles kept by {len(kept)} heads: found {means[0].shape[1]} heads, wanted as many")
+        if (kept, device) not in self._groups:
+            self._groups[kept, device] = HeadGroups(kept, device)
+        groups, per_tile = self._groups[kept, device], md.blocks_per_tile
+        lists = groups.lists(*means[:2], self.softmax_scale, per_tile, md.num_other_blocks, self.backend)
+        if self.on_selection is not None:
+            self.on_selection(groups.tiles(lists[0], per_tile), md)
+        return lists
 
     def _told(self, query, lists: tuple[Tensor, Tensor], md) -> tuple[Tensor, Tensor]:
         if self.on_lists is not None:
