@@ -23,11 +23,26 @@ if "pack" not in sys.modules:
     load_pack()
 
 
-def pytest_collection_finish():
+FROZEN = [0]
+"""How many modules there were when what stood was last taken out of the collector's sight."""
+
+
+def freeze():
     """What stands for the whole session is no garbage: ComfyUI asks for a collection with almost every model that it
     drops, and half a million objects of tests and libraries made one take half a second."""
     gc.collect()
     gc.freeze()
+    FROZEN[0] = len(sys.modules)
+
+
+def pytest_collection_finish():
+    freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    if len(sys.modules) > FROZEN[0] + 50:      # a library that is imported late
+        freeze()
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +59,7 @@ def comfyui(tmp_path_factory):
     comfy_boot.boot(root, "--use-pytorch-cross-attention", "--base-directory", str(base))
     import comfy.utils
     comfy.utils.set_progress_bar_enabled(False)
-    gc.collect()
-    gc.freeze()
+    freeze()
     return root
 
 

@@ -19,17 +19,34 @@ def sampled(comfyui):
     return lambda model, case, **knobs: sample(model, case.kind, steps=STEPS, **knobs)
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """The dense latents that were sampled, by case and knobs."""
+    return {}
+
+
+@pytest.fixture
+def dense(load_tiny, sampled, finished):
+    """dense(case, ...) -> what the unpatched model makes; sampled once for all methods."""
+    def latent(case, **knobs):
+        key = case, *knobs.items()
+        if key not in finished:
+            finished[key] = sampled(load_tiny(case.checkpoint), case, **knobs)
+        return finished[key]
+    return latent
+
+
 variants = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @variants
 def test_with_every_pair_kept_the_result_equals_dense_and_the_unpatched_model_is_untouched(
-        load_tiny, method, sampled, run_of, case: Case):
+        load_tiny, method, sampled, dense, run_of, case: Case):
     model = load_tiny(case.checkpoint)
-    dense = sampled(model, case)
+    before = dense(case)
     patched = method[0](model)
-    assert relative_l2(sampled(patched, case), dense) <= 1e-5
-    assert torch.equal(sampled(model, case), dense)
+    assert relative_l2(sampled(patched, case), before) <= 1e-5
+    assert torch.equal(sampled(model, case), before)
     run, (entry, *rest) = run_of(patched), run_of(patched).summary()
     assert not rest and tuple(entry["grid"]) == case.grid
     assert (entry["prefix"], entry["suffix"]) == (case.prefix, case.suffix)
@@ -40,28 +57,26 @@ def test_with_every_pair_kept_the_result_equals_dense_and_the_unpatched_model_is
 @pytest.mark.parametrize(("case", "latent"), [
     pytest.param(case, latent, id=f"{case.name} {'x'.join(map(str, latent))}")
     for case in CASES for latent in case.odd])
-def test_odd_grids_equal_dense_with_every_pair_kept(load_tiny, method, sampled, run_of, case: Case, latent):
-    model = load_tiny(case.checkpoint)
-    patched = method[0](model)
-    assert relative_l2(sampled(patched, case, latent_thw=latent), sampled(model, case, latent_thw=latent)) <= 1e-5
+def test_odd_grids_equal_dense_with_every_pair_kept(load_tiny, method, sampled, dense, run_of, case: Case, latent):
+    patched = method[0](load_tiny(case.checkpoint))
+    assert relative_l2(sampled(patched, case, latent_thw=latent), dense(case, latent_thw=latent)) <= 1e-5
     assert run_of(patched).sparse_calls == STEPS * case.calls_per_step and not run_of(patched).dense
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=lambda case: case.name)
-def test_a_batch_of_two_clips_equals_dense_with_every_pair_kept(load_tiny, method, sampled, run_of, case: Case):
-    model = load_tiny(case.checkpoint)
-    patched = method[0](model)
-    assert relative_l2(sampled(patched, case, batch=2), sampled(model, case, batch=2)) <= 1e-5
+def test_a_batch_of_two_clips_equals_dense_with_every_pair_kept(load_tiny, method, sampled, dense, run_of, case: Case):
+    patched = method[0](load_tiny(case.checkpoint))
+    assert relative_l2(sampled(patched, case, batch=2), dense(case, batch=2)) <= 1e-5
     assert run_of(patched).sparse_calls >= STEPS * case.calls_per_step
 
 
 @variants
-def test_with_most_pairs_dropped_the_result_differs_and_is_finite(load_tiny, method, sampled, run_of, case: Case):
-    model = load_tiny(case.checkpoint)
-    patched, latent = method[1](model), case.odd[0]     # large enough for several tiles
+def test_with_most_pairs_dropped_the_result_differs_and_is_finite(
+        load_tiny, method, sampled, dense, run_of, case: Case):
+    patched, latent = method[1](load_tiny(case.checkpoint)), case.odd[0]     # large enough for several tiles
     sparse = sampled(patched, case, latent_thw=latent)
     assert torch.isfinite(sparse).all()
-    assert relative_l2(sparse, sampled(model, case, latent_thw=latent)) > 1e-4
+    assert relative_l2(sparse, dense(case, latent_thw=latent)) > 1e-4
     assert run_of(patched).sparse_calls == STEPS * case.calls_per_step
 
 
