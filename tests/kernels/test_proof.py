@@ -37,6 +37,14 @@ def proofs(tmp_path, monkeypatch):
     return mine
 
 
+@pytest.fixture
+def short(proofs, monkeypatch):
+    """`proofs` of two problems that are solved once each: what is kept does not depend on how many there were."""
+    monkeypatch.setattr(proof, "RUNS", 1)
+    monkeypatch.setitem(proof.SETS, "attention", proof.SETS["attention"][:2])
+    return proofs
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_right_kernel_solves_every_problem_in_every_dtype(dtype, dim):
@@ -254,9 +262,9 @@ def test_a_kept_proof_is_used_without_running_a_case(proofs):
 
 
 @pytest.mark.parametrize("change", ["files", "dtype", "head_dim", "problems"])
-def test_anything_that_a_proof_depends_on_asks_for_a_new_one(proofs, change, tmp_path, monkeypatch):
+def test_anything_that_a_proof_depends_on_asks_for_a_new_one(short, change, tmp_path, monkeypatch):
     run = counting(right)
-    proofs.prove(spec_of(run), CALL)
+    short.prove(spec_of(run), CALL)
     spec, call, before = spec_of(run), CALL, run.calls
     if change == "files":
         (tmp_path / "kernel.py").write_text("another text")
@@ -265,18 +273,18 @@ def test_anything_that_a_proof_depends_on_asks_for_a_new_one(proofs, change, tmp
         monkeypatch.setattr("pack.kernels.proofs.PROOF_FILES", (Path(__file__),))
     else:
         call = dataclasses.replace(CALL, **{"dtype": torch.bfloat16} if change == "dtype" else {"head_dim": 128})
-    Proofs(proofs.store).prove(spec, call)
+    Proofs(short.store).prove(spec, call)
     assert run.calls == 2 * before
 
 
 @pytest.mark.parametrize("name", ["gpu", "driver", "torch", "cuda", "triton", "settings"])
-def test_another_card_driver_torch_or_triton_asks_for_a_new_proof(proofs, name, monkeypatch):
+def test_another_card_driver_torch_or_triton_asks_for_a_new_proof(short, name, monkeypatch):
     from pack.kernels.machine import machine_of
     run = counting(right)
-    proofs.prove(spec_of(run), CALL)
+    short.prove(spec_of(run), CALL)
     before, other = run.calls, machine_of(CPU)._replace(**{name: "another"})
     monkeypatch.setattr("pack.kernels.proofs.machine_of", lambda device: other)
-    Proofs(proofs.store).prove(spec_of(run), CALL)
+    Proofs(short.store).prove(spec_of(run), CALL)
     assert run.calls == 2 * before
 
 
@@ -297,10 +305,10 @@ def stored(store):
     (b"[" * 9000, "is not one"),
     ("passed", "passed is 'yes'"), ("cases", "it contradicts itself"), ("worst", "worst is None"), ("date", "'date'"),
 ], ids=str)
-def test_a_corrupt_or_foreign_file_costs_a_new_proof_and_a_sentence(proofs, content, remark):
+def test_a_corrupt_or_foreign_file_costs_a_new_proof_and_a_sentence(short, content, remark):
     run = counting(right)
-    proofs.prove(spec_of(run), CALL)
-    path = stored(proofs.store)
+    short.prove(spec_of(run), CALL)
+    path = stored(short.store)
     if isinstance(content, str):
         told = json.loads(path.read_text())
         told["proof"] |= {"passed": {"passed": "yes"}, "cases": {"cases": 0}, "worst": {"worst": None}}.get(content, {})
@@ -308,10 +316,10 @@ def test_a_corrupt_or_foreign_file_costs_a_new_proof_and_a_sentence(proofs, cont
             del told["proof"]["date"]
         content = json.dumps(told).encode()
     path.write_bytes(content)
-    store, before = ProofStore(proofs.store.folder), run.calls
+    store, before = ProofStore(short.store.folder), run.calls
     assert Proofs(store).prove(spec_of(run), CALL).passed and run.calls == 2 * before
     assert remark in "".join(store.remarks)
-    assert ProofStore(proofs.store.folder).read(facts_of(spec_of(run), CALL)).passed, "the file is good again"
+    assert ProofStore(short.store.folder).read(facts_of(spec_of(run), CALL)).passed, "the file is good again"
 
 
 def test_a_folder_that_cannot_be_used_costs_a_sentence(tmp_path, monkeypatch):
