@@ -5,7 +5,8 @@
 One row per kernel, card, head_dim or row length, dtype and variant. Exits 1 when a row spills registers, wants more
 shared memory than its card has, or lacks tensor-core instructions that it should have. "CTAs" is how many programs
 one multiprocessor can hold by registers, shared memory and threads: an estimate, nothing is run. "loop" counts the
-instructions of the attention kernel's inner loop, "bound" is what they allow an RTX 4090 at best, in TFLOPS.
+instructions of the attention kernel's inner loop, "in loop" those of them that are about spills, "bound" is what they
+allow an RTX 4090 at best, in TFLOPS.
 
 --fewer: every variant of the attention kernel for sm_89 and head_dim 128 only, those whose speed is compared for
 head_dim 64 too, and of each kernel for every card the one that holds most. What differs between variants is told by
@@ -33,21 +34,25 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 POINTERS = {"LSE": "fp32", "INDICES": "i32", "COUNTS": "i32", "SIZES": "i32", "TOKEN_ROWS": "i32", "COARSE": "fp32",
             "FAR": "fp32", "FAR_LSE": "fp32", "KEY_SCALES": "fp32", "KEY_MEAN": "fp32", "SUMS": "fp32",
-            "INTEGERS": "i8",
+            "INTEGERS": "i8", "EXPONENTS": "fp32", "LARGEST": "fp32", "HALVES": "fp16",
             "MEANS": "fp32", "QUERY_MEANS": "fp32", "KEY_MEANS": "fp32", "SCORES": "fp32",
             **dict.fromkeys(("Q", "K", "V", "OUT", "GATE", "X", "Y", "Z"))}
 """What a pointer points to; None: the dtype of the row."""
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 FLOATS = ("scale", "scale_log2e")
 COLUMNS = ("kernel", "arch", "D", "dtype", "variant", "warps", "stages", "registers", "spill B", "shared KB", "CTAs",
-           "HMMA", "HGMMA", "IMMA", "loop", "bound")
+           "HMMA", "HGMMA", "IMMA", "loop", "in loop", "bound")
 ATTENTION = {"bf16": ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
-                      "gather combine far lse", "int8 gather far", "int8 gather combine far lse"),
-             "fp16": ("lse", "gather lse", "gather combine far lse")}
+                      "gather combine far lse", "int8 gather", "int8 gather far", "int8 gather combine",
+                      "int8 gather combine far lse"),
+             "fp16": ("lse", "gather lse", "gather combine far lse", "int8 gather combine far lse")}
 MOST = "gather combine far lse", "int8 gather combine far lse"
 """Variants of the attention kernel: with and without LSE, tokens in place, a softmax that has begun, and the coarse
 branch in the epilogue: what the pack launches, and what holds most. In fp16, whose code differs in the name of a type,
 only those that hold most."""
+MAY_SPILL = 32
+"""Bytes per thread with integer scores, saved before the loop and read back behind it: beside the keys and values of a
+list they are nothing."""
 ROWS = (500, 1000, 2000, 4096)
 """Tiles to select from: one of every length that `select_tiles.py` compiles for."""
 
@@ -106,12 +111,16 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
     """(function, constants, launch options) of one entry, as the pack launches it. options: the attention's instead."""
     import torch
 
-    from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means
-    from pack.kernels.triton.configs import config_for, int8_config_for
+    from pack.kernels.triton import block_sparse, quantise, select_tiles, tile_means
+    from pack.kernels.triton.configs import config_for, int8_config_for, sums_in_half
 
+    half = sums_in_half(capability)
     if kernel in ("sum_keys", "quantise_keys"):
-        return getattr(int8_scores, kernel), {"D": size, "BLOCK": 64, "GATHER": True}, {
-            "num_warps": int8_scores.NUM_WARPS}
+        constants = {"D": size, "BLOCK": 64, "GATHER": True}
+        constants |= {"HALF": half} if kernel == "sum_keys" else {"COPY": half and dtype != "fp16"}
+        constants |= {name: None for name in ("LARGEST",) if kernel == "sum_keys" and not half}
+        constants |= {name: None for name in ("HALVES", "EXPONENTS") if not constants.get("COPY", True)}
+        return getattr(quantise, kernel), constants, {"num_warps": quantise.NUM_WARPS}
     if kernel == "tile_means_forward":
         return tile_means.tile_means_forward, {"D": size, "BLOCK": 64, "PARTS": 3}, {"num_warps": tile_means.NUM_WARPS}
     if kernel == "score_tiles":
@@ -122,10 +131,12 @@ def kernel_of(capability, kernel, size, dtype, variant, options=None):
         options = select_tiles.row_options(size)
         return select_tiles.select_rows, {"ROW": options.pop("ROW")}, options
     gather, combine, far, lse, int8 = (word in variant for word in ("gather", "combine", "far", "lse", "int8"))
+    half = half and int8
     constants = {"D": size, "BLOCK": 64, "RETURN_LSE": lse, "GATHER": gather, "COMBINE": combine, "START": far,
-                 "INT8": int8, "INTERPRET": False}
+                 "INT8": int8, "HALF": half, "INTERPRET": False}
     absent = {"LSE": not lse, "TOKEN_ROWS": not gather, "GATE": not combine, "COARSE": not combine,
-              "FAR": not far, "FAR_LSE": not far, "KEY_SCALES": not int8, "KEY_MEAN": not int8}
+              "FAR": not far, "FAR_LSE": not far, "KEY_SCALES": not int8, "KEY_MEAN": not int8,
+              "EXPONENTS": not half}
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     choose = int8_config_for if int8 else config_for
     options = options or choose(capability, size, getattr(torch, DTYPES[dtype]))._asdict()
@@ -146,7 +157,9 @@ def compile_row(capability, kernel_name, size, dtype, variant, options=None):
             signature[parameter.name] = "constexpr"
             continue
         if parameter.name in POINTERS:
-            holds = "i8" if parameter.name == "K" and "int8" in variant else POINTERS[parameter.name] or dtype
+            holds = POINTERS[parameter.name] or dtype
+            if "int8" in variant:
+                holds = {"K": "i8", "V": "fp16" if constants["HALF"] else holds}.get(parameter.name, holds)
             signature[parameter.name] = f"*{holds}"
         else:
             signature[parameter.name] = "fp32" if parameter.name in FLOATS else "i32"
@@ -165,11 +178,11 @@ def compile_row(capability, kernel_name, size, dtype, variant, options=None):
 
 
 def _loop(capability, kernel_name, size, sass):
-    """("loop", "bound") of a row, 0 where they say nothing."""
+    """("loop", "in loop", "bound") of a row, 0 where they say nothing."""
     if kernel_name != "block_sparse_forward":
-        return 0, 0.0
+        return 0, 0, 0.0
     counts = inner_loop(sass)
-    return counts.total(), bound(counts, size) if capability == (8, 9) else 0.0
+    return counts.total(), counts["spilled"], bound(counts, size) if capability == (8, 9) else 0.0
 
 
 def inspect(cubin):
@@ -199,7 +212,9 @@ def faults(row):
     """What is wrong with a row, as sentences."""
     where = " ".join(str(row[column]) for column in COLUMNS[:5]).strip()
     card = next(card for capability, card in CARDS.items() if name(capability) == row["arch"])
-    if row["spill B"]:
+    if row["in loop"]:
+        yield f"{where}: {row['in loop']} instructions of its loop are about spills, wanted 0"
+    if row["spill B"] > (MAY_SPILL if "int8" in row["variant"] else 0):
         yield f"{where}: spills {row['spill B']} bytes, wanted 0"
     if row["shared KB"] > card.shared_kb:
         yield f"{where}: {row['shared KB']:.0f} KB of shared memory, the card has {card.shared_kb}"

@@ -26,10 +26,10 @@ def run(worker, *operands, scale, return_lse=True, head_stride=None):
     return _opened(worker.submit(_run, _packed(operands), scale, return_lse, head_stride).result())
 
 
-def call(worker, module, *operands):
+def call(worker, module, *operands, **options):
     """`run` of kernels/triton/<module>.py on operands with the strides they have here: tensors, numbers and None."""
     operands = [list(x) if isinstance(x, tuple) else x for x in operands]
-    return _opened(worker.submit(_call, module, _packed(operands)).result())
+    return _opened(worker.submit(_call, module, _packed(operands), options).result())
 
 
 def select_within(worker, score_bytes, *operands):
@@ -91,9 +91,9 @@ def _run(parcel, scale, return_lse, head_stride):
     return _packed(block_sparse.run(q, k, v, *selection, scale, return_lse))
 
 
-def _call(module, parcel):
+def _call(module, parcel, options):
     import importlib
-    return _packed(importlib.import_module(f"pack.kernels.triton.{module}").run(*_opened(parcel)))
+    return _packed(importlib.import_module(f"pack.kernels.triton.{module}").run(*_opened(parcel), **options))
 
 
 def _select_within(score_bytes, parcel):

@@ -53,7 +53,8 @@ SPEC = KernelSpec(
     dtypes=(torch.bfloat16, torch.float16),
     head_dims=(64, 128),
     min_capability=(8, 0),
-    files=(HERE / "block_sparse.py", HERE / "configs.py", Path(gathered.__file__), Path(tile_grid.__file__)),
+    files=(HERE / "block_sparse.py", HERE / "quantise.py", HERE / "configs.py", Path(gathered.__file__),
+           Path(tile_grid.__file__)),
     missing=_missing,
     gathers=lambda grid: True,
 )

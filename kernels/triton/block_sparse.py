@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..spec import BLOCK, Call
 from .configs import Config, config_for, int8_config_for
+from .quantise import Quantised, integers
 
 
 @triton.jit
@@ -26,9 +27,12 @@ def _product(a, b, acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def integers(x):
-    """Rounded half away from zero, as int8: for |x| below 127.5."""
-    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int8)
+def _weighted(weights, values, acc, decay, HALF: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc * decay + weights @ values. HALF: the products of a block are summed in float16, and blocks in float32."""
+    if HALF:
+        return acc * decay[:, None] + tl.dot(weights, values, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return _product(weights, values, acc * decay[:, None], INTERPRET)
 
 
 @triton.jit
@@ -39,7 +43,7 @@ def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
         block = tl.where(dense & (place < count), place, block)
     else:
         block = tl.load(listed + place * stride_ik, mask=place < count, other=0)
-    return block.to(tl.int64)
+    return block
 
 
 @triton.jit(do_not_specialize=[
@@ -50,13 +54,13 @@ def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
 ])
 def block_sparse_forward(
     Q, K, V, OUT, LSE, INDICES, COUNTS, SIZES, TOKEN_ROWS, GATE, COARSE, FAR, FAR_LSE, KEY_SCALES, KEY_MEAN,
-    scale_log2e,
+    EXPONENTS, scale_log2e,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ib, stride_ih, stride_iq, stride_ik, stride_cb, stride_ch, stride_cq,
     stride_gb, stride_gs, stride_gh, stride_mb, stride_mh, stride_mn, lists, tokens, tiles, blocks_per_tile,
     stride_fb, stride_fh, stride_fn, stride_lb, stride_lh, stride_ln, far_tiles, key_blocks,
     D: tl.constexpr, BLOCK: tl.constexpr, RETURN_LSE: tl.constexpr, GATHER: tl.constexpr, COMBINE: tl.constexpr,
-    START: tl.constexpr, INT8: tl.constexpr, INTERPRET: tl.constexpr,
+    START: tl.constexpr, INT8: tl.constexpr, HALF: tl.constexpr, INTERPRET: tl.constexpr,
 ):
     """Writes OUT [B, Sq, H, D] and LSE [B, H, Sq], both contiguous; launched over (Sq / 64, H, B).
 
@@ -64,8 +68,10 @@ def block_sparse_forward(
     launched over (slots / 64, H, B). The first `lists` query blocks have a list, those behind them are dense.
     COMBINE: adds GATE times the row of COARSE [B, H, tiles, D] that belongs to the query block.
     START: the softmax starts from the query block's row of FAR [B, H, far_tiles, D] and FAR_LSE [B, H, far_tiles].
-    INT8: K holds the integers of `int8_scores.py`, in the order of the keys, KEY_SCALES [B, H, key_blocks] their
+    INT8: K holds the integers of `quantise.py`, in the order of the keys, KEY_SCALES [B, H, key_blocks] their
     scales and KEY_MEAN [B, H, D] what was taken off; queries become integers here, with a scale per row.
+    HALF: with INT8; V is float16, and 64 weights times values are summed in float16. So that they fit, EXPONENTS [B, H]
+    says by how many powers of two V has been lowered (where OUT is of another type) or the weights are to be.
 
     Head-major order: programs that run together share one head's keys and values, so these stay in the L2 cache.
     head_dim 128 goes through in two panels of 64: for a [64, 128] product Triton spreads the warps of an
@@ -115,6 +121,11 @@ def block_sparse_forward(
             q_high = integers(wide_high / row_scale[:, None])
         row_scale *= scale_log2e
         shared *= scale_log2e
+        lowered = 0.0
+        if HALF:
+            exponents = EXPONENTS + batch * tl.num_programs(1) + head
+            if V.dtype.element_ty == OUT.dtype.element_ty:
+                lowered = tl.load(exponents)
         key_scales = KEY_SCALES + (batch * tl.num_programs(1) + head) * key_blocks
     k_head = K + batch * stride_kb + head * stride_kh
     v_head = V + batch * stride_vb + head * stride_vh
@@ -141,13 +152,22 @@ def block_sparse_forward(
         if INT8:
             peak -= shared
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
+        if HALF:
+            total *= tl.exp2(-lowered)
         seen = FAR_LSE + batch * stride_lb + head * stride_lh + (far_tile + tl.zeros([PANEL], tl.int64)) * stride_ln
         has_far = far_tile + tl.zeros([PANEL], tl.int64) < far_tiles
         has_far = has_far & (tl.load(seen, mask=has_far, other=float("-inf")) != float("-inf"))
         far = FAR + batch * stride_fb + head * stride_fh + far_tile * stride_fn + dim
-        acc_low += tl.load(far, mask=has_far, other=0.0)[None, :]
+        far_low = tl.load(far, mask=has_far, other=0.0)
+        if HALF:
+            exponent = tl.load(exponents)
+            far_low *= tl.exp2(-exponent)
+        acc_low += far_low[None, :]
         if D > PANEL:
-            acc_high += tl.load(far + PANEL, mask=has_far, other=0.0)[None, :]
+            far_high = tl.load(far + PANEL, mask=has_far, other=0.0)
+            if HALF:
+                far_high *= tl.exp2(-exponent)
+            acc_high += far_high[None, :]
     block = _listed_block(listed, stride_ik, 0, count, dense, GATHER)
     size = tl.load(SIZES + block, mask=count > 0, other=0)
     if INT8:
@@ -169,8 +189,8 @@ def block_sparse_forward(
         else:
             next_block = _listed_block(listed, stride_ik, place + 1, count, dense, GATHER)
             next_size = tl.load(SIZES + next_block, mask=place + 1 < count, other=0)
-            k = k_head + block * BLOCK * stride_ks + k_offset
-            v = v_head + block * BLOCK * stride_vs + v_offset
+            k = k_head + block.to(tl.int64) * BLOCK * stride_ks + k_offset
+            v = v_head + block.to(tl.int64) * BLOCK * stride_vs + v_offset
             if INT8:
                 next_scale = tl.load(key_scales + next_block, mask=place + 1 < count, other=0.0)
 
@@ -193,17 +213,19 @@ def block_sparse_forward(
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # While a row has seen no key its peak is -inf, and -inf - -inf is NaN.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(peak - shift)
+        if HALF:
+            shift += lowered
+        weights = tl.exp2(scores - shift[:, None])
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
 
         weights = weights.to(V.dtype.element_ty)
         v_low = tl.load(v, mask=slot[:, None] < size, other=0.0)
-        acc_low = _product(weights, v_low, acc_low * decay[:, None], INTERPRET)
+        acc_low = _weighted(weights, v_low, acc_low, decay, HALF, INTERPRET)
         if D > PANEL:
             v_high = tl.load(v + PANEL, mask=slot[:, None] < size, other=0.0)
-            acc_high = _product(weights, v_high, acc_high * decay[:, None], INTERPRET)
+            acc_high = _weighted(weights, v_high, acc_high, decay, HALF, INTERPRET)
         block = next_block
         size = next_size
         if GATHER:
@@ -217,6 +239,9 @@ def block_sparse_forward(
         is_row = q_row >= 0
     heads = tl.num_programs(1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
+    if HALF:
+        if V.dtype.element_ty != OUT.dtype.element_ty:
+            inverse *= tl.exp2(exponent if START else tl.load(exponents))
     out_low = acc_low * inverse
     out_high = acc_high * inverse
     if COMBINE:
@@ -243,7 +268,7 @@ def block_sparse_forward(
     if RETURN_LSE:
         lse = LSE + (batch * heads + head) * tokens + (q_row if GATHER else row * BLOCK + slot)
         if INT8:
-            peak += shared
+            peak += shared + lowered
         tl.store(lse, (peak + tl.log2(total)) * 0.6931471805599453, mask=is_row)
 
 
@@ -254,11 +279,11 @@ PIPELINES = not triton.__version__.startswith("3.2.")
 
 def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=None, gate=None, coarse=None,
         blocks_per_tile=1, tile_grid=None, far=None, far_lse=None, *, out=None, lse=None,
-        config: Config | None = None, int8: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None):
+        config: Config | None = None, int8: Quantised | None = None):
     """Contract and shapes: `kernels.block_sparse_attention`. Reads every operand through its strides, copies none.
 
     config: launch options to measure, taken as they are, in place of the table's for this card.
-    int8: integers, scales and mean of the keys as `int8_scores.quantise` makes them; k is not read then.
+    int8: what `quantise.quantise` makes of keys and values; k and v are not read then.
     """
     batch, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -271,17 +296,18 @@ def run(q, k, v, indices, counts, block_sizes, scale, return_lse, token_rows=Non
         config = config if PIPELINES else config._replace(num_stages=1)
     slots = tokens if token_rows is None else token_rows.numel()
     none = (0, 0, 0)
-    k, key_scales, key_mean = (k, None, None) if int8 is None else int8
+    k, v, key_scales, key_mean, exponents = Quantised(k, v) if int8 is None else int8
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         block_sparse_forward[(slots // BLOCK, heads, batch)](
             q, k, v, out, lse, indices, counts, block_sizes, token_rows, gate, coarse, far, far_lse,
-            key_scales, key_mean, scale * math.log2(math.e),
+            key_scales, key_mean, exponents, scale * math.log2(math.e),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *indices.stride(), *counts.stride(),
             *(none if gate is None else gate.stride()[:3]), *(none if coarse is None else coarse.stride()[:3]),
             indices.shape[2], tokens, 0 if coarse is None else coarse.shape[2], blocks_per_tile,
             *(none if far is None else far.stride()[:3]), *(none if far is None else far_lse.stride()),
             0 if far is None else far.shape[2], block_sizes.numel(),
             D=dim, BLOCK=BLOCK, RETURN_LSE=return_lse, GATHER=token_rows is not None, COMBINE=gate is not None,
-            START=far is not None, INT8=int8 is not None, INTERPRET=INTERPRET, **config._asdict(),
+            START=far is not None, INT8=int8 is not None, HALF=exponents is not None, INTERPRET=INTERPRET,
+            **config._asdict(),
         )
     return out, lse

@@ -26,7 +26,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # On every card but 9.0 registers allow two programs of 4 warps with any number of stages, so that 1 stage holds no
 # more of them, and one program of 8 warps. At head_dim 128, 99 KB of shared memory (8.6, 8.9, 12.0) hold two with
 # 2 stages (48 KB each), one with 3, which spills on 8.6 and 8.9, and none with 4.
-# With integer scores the same holds: 32 KB with 2 stages at head_dim 128, and 56 KB with 3, of which 99 KB hold one.
+# With integer scores the same holds: 32 KB with 2 stages at head_dim 128, and 56 KB with 3, of which 99 KB hold one. At
+# head_dim 64, sums in float16 leave room for three programs.
 # On 9.0 registers allow two programs at head_dim 128 and three at 64. Without token rows it is four at 64, which with
 # 3 stages fill shared memory to the last byte, and three at 128, but with 1 stage only: 1 stage is 1.5 times slower.
 CONFIGS: dict[tuple[tuple[int, int], int, torch.dtype], Config] = {
@@ -76,7 +77,14 @@ def config_for(capability: tuple[int, int] | None, head_dim: int, dtype: torch.d
 def int8_config_for(capability: tuple[int, int] | None, head_dim: int, dtype: torch.dtype) -> Config:
     """The same with integer scores. On 8.0 a third stage spills at head_dim 128.
 
-    Tokens in place with the LSE and nothing else, which no node asks for, spill 8 to 32 bytes at head_dim 128.
+    At head_dim 128 some variants without a far field spill 8 to 64 bytes, which are saved before the loop and read back
+    behind it (`dev/aot.py` looks after that).
     """
     config = config_for(capability, head_dim, dtype)
     return config._replace(num_stages=2) if capability == (8, 0) and head_dim == 128 else config
+
+
+def sums_in_half(capability: tuple[int, int] | None) -> bool:
+    """Whether products with 16-bit floats take half the time where they are summed in 16 bits, not 32: on GeForce RTX
+    30, 40 and 50 (NVIDIA Ada GPU architecture whitepaper, table of peak rates)."""
+    return capability is not None and (capability[0] == 12 or capability[0] == 8 and capability[1] >= 6)

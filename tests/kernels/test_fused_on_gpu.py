@@ -12,6 +12,7 @@ import torch
 import test_far_start as far_start
 from on_gpu import HERE, INT8, MEANS, REHEARSED, SELECT, by_kernel, cases, need, peak_memory, to_device
 from pack.kernels import block_sparse_attention, reference_int8, reference_tiles, select_tiles, tile_means
+from pack.kernels.problems import WITH_INTEGERS
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 from test_fused_attention import CASES, GATES, HALVES, operands, oracle, worst_error
 from test_tile_grid import CASES as GRIDS
@@ -25,9 +26,9 @@ def attend(spec, named):
     return [x.cpu() for x in out]
 
 
-def agrees(found, wanted, named):
+def agrees(found, wanted, named, gates=GATES):
     (out, lse), (expected_out, expected_lse) = found, wanted
-    assert worst_error(out, expected_out, named["token_rows"]) <= GATES[named["q"].dtype]
+    assert worst_error(out, expected_out, named["token_rows"]) <= gates[named["q"].dtype]
     assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
     assert (lse.double() - expected_lse).nan_to_num(nan=torch.inf).abs().max().item() <= 1e-3
 
@@ -49,7 +50,7 @@ def test_integer_scores_are_those_of_their_specification(make, dtype):
     for given in (named, far_start.begun(named, far_start.tiles_of(named))):
         wide = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                 for name, x in given.items()}
-        agrees(attend(INT8, given), reference_int8.run(**wide), given)
+        agrees(attend(INT8, given), reference_int8.run(**wide), given, GATES | WITH_INTEGERS)
 
 
 @by_kernel

@@ -33,6 +33,14 @@ def run(request):
         worker, "int8_scores", *((absent | named)[name] for name in NAMES))
 
 
+@pytest.fixture
+def in_half(worker):
+    """run(**operands) of the kernel that sums weights times values in float16, as on GeForce RTX 30, 40 and 50."""
+    absent = dict.fromkeys(NAMES) | dict(blocks_per_tile=1)
+    return lambda **named: interpreted_kernel.call(
+        worker, "int8_scores", *((absent | named)[name] for name in NAMES), half_sums=True)
+
+
 def half_away(x):
     return torch.where(x < 0, -((-x + 0.5).floor()), (x + 0.5).floor())
 
@@ -91,9 +99,9 @@ GATHERED = {case.why: partial(test_fused_attention.operands, case) for case in t
 BOXES = {case.why: partial(test_tile_grid.problem, case) for case in test_tile_grid.CASES[1:4]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "has_begun"), [(torch.float32, False), (torch.float32, True),
+                                                  (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize("make", [*GATHERED.values(), *BOXES.values()], ids=[*GATHERED, *BOXES])
-@pytest.mark.parametrize("has_begun", [False, True], ids=["", "begun"])
 def test_tokens_in_any_order_gates_and_a_softmax_that_has_begun(run, make, dtype, has_begun):
     named = make(dtype)
     if has_begun:
@@ -154,3 +162,68 @@ def test_the_error_against_exact_attention_is_that_of_8_bits(run, kind, bound, d
     exact, exact_lse = block_sparse_attention_oracle(*(named[name] for name in NAMES[:6]), named["scale"])
     assert 1e-5 < worst_block_error(out, exact) <= bound
     assert (lse.double() - exact_lse).abs().max() <= 0.05, "the mean of the keys is in it"
+
+
+IN_HALF = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
+"""The interpreter rounds 64 times to float16 where a tensor core does 4 times."""
+
+
+def differences(run, named):
+    """(worst error of a block of queries, largest one of the LSE) against the oracle with the same integers."""
+    wide = with_the_integers(named)
+    wide.pop("tile_grid", None)
+    wanted, wanted_lse = begun_oracle(wide) if "far" in named else oracle(**wide)
+    out, lse = run(**named)
+    return (worst_error(out, wanted[..., :-1], named["token_rows"]),
+            (lse.double() - wanted_lse).nan_to_num(nan=torch.inf).abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", IN_HALF, ids=str)
+@pytest.mark.parametrize("make", [*list(GATHERED.values())[:3], *list(BOXES.values())[:1]],
+                         ids=[*list(GATHERED)[:3], *list(BOXES)[:1]])
+@pytest.mark.parametrize("has_begun", [False, True], ids=["", "begun"])
+def test_sums_in_float16_are_as_good_as_8_bits_need_and_the_lse_is_the_same(in_half, make, dtype, has_begun):
+    named = make(dtype)
+    error, of_lse = differences(in_half, begun(named, tiles_of(named)) if has_begun else named)
+    assert error <= IN_HALF[dtype] and of_lse <= 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "size"), [
+    (torch.bfloat16, 3e4), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-20), (torch.float16, 2e3),
+    (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize("has_begun", [False, True], ids=["", "begun"])
+def test_values_of_any_size_fit_into_sums_in_float16(in_half, dtype, size, has_begun):
+    named = test_tile_grid.problem(test_tile_grid.CASES[1], dtype)
+    if has_begun:
+        named = begun(named, tiles_of(named))
+    named |= {name: named[name] * size for name in ("v", "coarse", "far") if name in named}
+    error, of_lse = differences(in_half, named)
+    assert error <= IN_HALF[dtype] and of_lse <= 1e-3
+
+
+def test_the_largest_sum_of_a_block_does_not_overflow_in_float16(in_half):
+    """All weights 1 and all values the largest there is: their sum is 64 times as much."""
+    named = as_named(BASE, torch.float16)
+    named["q"], largest = torch.zeros_like(named["q"]), torch.finfo(torch.float16).max
+    named["v"] = torch.full_like(named["v"], largest)
+    out, _ = in_half(**named)
+    wanted = reference_int8.run(**named)[0]
+    assert (wanted == largest).any() and ((out == wanted) | ((out / wanted - 1).abs() < 2e-3)).all()
+
+
+def test_a_nan_or_infinity_among_values_stays_in_the_rows_that_read_its_block(in_half):
+    for dtype in IN_HALF:
+        for odd in (torch.nan, torch.inf):
+            named = as_named(test_kernel_contract.Case("", ((0, 1), (2,), (1, 2)), (64, 64, 64)), dtype)
+            named["v"][0, 5] = odd
+            out, _ = in_half(**named)
+            broken = (~out.isfinite()).any((0, 2, 3))
+            assert broken[:64].all() and not broken[64:].any()
+            assert in_half(**named)[0].isnan().equal(out.isnan())
+
+
+def test_cards_that_sum_twice_as_fast_in_float16_do():
+    from pack.kernels.triton.configs import sums_in_half
+    faster = {(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}
+    assert {card for card in [(8, 0), (9, 0), (10, 0), (10, 3), *faster] if sums_in_half(card)} == faster
+    assert not sums_in_half(None)

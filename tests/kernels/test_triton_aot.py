@@ -28,11 +28,13 @@ def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_on
     seen = {(row["arch"], row["D"], row["dtype"], row["variant"]) for row in table
             if row["kernel"] == "block_sparse_forward"}
     variants = ("", "lse", "gather", "gather lse", "gather far", "gather combine", "gather combine lse",
-                "gather combine far lse", "int8 gather far", "int8 gather combine far lse")
+                "gather combine far lse", "int8 gather", "int8 gather far", "int8 gather combine",
+                "int8 gather combine far lse")
     most = "gather combine far lse"
     assert seen == {*((arch, dim, "bf16", variant) for arch in SHARED_KB for dim in (64, 128)
                       for variant in (most, variants[-1])),
-                    *(("sm_89", 128, "bf16", variant) for variant in variants), ("sm_89", 128, "fp16", most),
+                    *(("sm_89", 128, "bf16", variant) for variant in variants),
+                *(("sm_89", 128, "fp16", variant) for variant in (most, variants[-1])),
                     *(("sm_89", 64, "bf16", variant) for variant in ("gather far", "int8 gather far"))}
     others = {(row["kernel"], row["arch"], row["D"], row["dtype"]) for row in table
               if row["kernel"] != "block_sparse_forward"}
@@ -47,13 +49,22 @@ def test_what_holds_most_is_compiled_for_every_card_and_every_variant_for_the_on
 def test_the_command_itself_leaves_no_variant_out():
     import aot
     rows = {entry[1:] for card in aot.CARDS for entry in aot.entries(card)}
-    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 220
+    assert len(rows) * len(aot.CARDS) == sum(1 for card in aot.CARDS for _ in aot.entries(card)) == 250
     assert {variant for kernel, _, dtype, variant in rows if dtype == "fp16"} == {
-        "", "lse", "gather lse", "gather combine far lse"}
+        "", "lse", "gather lse", "gather combine far lse", "int8 gather combine far lse"}
 
 
 def test_nothing_spills(table):
-    assert [row for row in table if row["spill B"]] == []
+    assert [row for row in table if row["spill B"] or row["in loop"]] == []
+
+
+def test_a_spill_in_the_loop_is_a_fault_and_a_large_one_too(table):
+    import aot
+    row = next(row for row in table if row["variant"] == "int8 gather" and row["arch"] == "sm_89")
+    assert not list(aot.faults(row)) and not list(aot.faults(row | {"spill B": 32}))
+    assert "2 instructions of its loop are about spills" in next(aot.faults(row | {"in loop": 2}))
+    assert "spills 40 bytes" in next(aot.faults(row | {"spill B": 40}))
+    assert "spills 8 bytes" in next(aot.faults(row | {"spill B": 8, "variant": "gather"}))
 
 
 def test_shared_memory_fits_every_card(table):
@@ -84,13 +95,13 @@ def test_integer_scores_take_half_the_instructions_of_scores_and_less_room(table
             assert 4 * dim * 64 / 1024 <= row["shared KB"] < 0.75 * exact["shared KB"]
 
 
-def test_by_the_code_integer_scores_may_reach_one_and_a_half_times_the_speed_of_exact_ones_on_a_4090(table):
+def test_by_the_code_integer_scores_may_reach_two_and_a_half_times_the_speed_of_exact_ones_on_a_4090(table):
     """The products bind, not what is around them."""
     bounds = {(row["D"], row["variant"]): row["bound"] for row in table
               if row["kernel"] == "block_sparse_forward" and row["arch"] == "sm_89" and row["dtype"] == "bf16"}
     for dim in (64, 128):
         assert 150 <= bounds[dim, "gather far"] <= 166, (dim, bounds)
-        assert bounds[dim, "int8 gather far"] >= 1.5 * bounds[dim, "gather far"], (dim, bounds)
+        assert bounds[dim, "int8 gather far"] >= 2.5 * bounds[dim, "gather far"], (dim, bounds)
 
 
 def test_the_loop_is_the_one_with_the_products():
@@ -99,14 +110,17 @@ def test_the_loop_is_the_one_with_the_products():
         /*0000*/                   HMMA.16816.F32.BF16 R0, R1, R2, R3 ;
         /*0010*/                   LDSM.16.M88.4 R0, [R1] ;
         /*0020*/                   HMMA.16816.F32.BF16 R0, R1, R2, R3 ;
-        /*0030*/                   MUFU.EX2 R0, R1 ;
-        /*0040*/              @!P0 FADD R0, R1, R2 ;
-        /*0050*/              @P1  BRA 0x10 ;
-        /*0060*/                   FADD R0, R1, R2 ;
-        /*0070*/                   BRA 0x60 ;
+        /*0030*/                   HMMA.16816.F16 R0, R1, R2, R3 ;
+        /*0040*/                   MUFU.EX2 R0, R1 ;
+        /*0050*/              @!P0 FADD R0, R1, R2 ;
+        /*0060*/                   STL [R1+0x4], R2 ;
+        /*0070*/              @P1  BRA 0x10 ;
+        /*0080*/                   FADD R0, R1, R2 ;
+        /*0090*/                   BRA 0x80 ;
     """
     counts = inner_loop(listing)
-    assert counts == {"HMMA": 1, "MUFU": 1, "shared": 1, "other": 2} and bound(counts, 64) > 0
+    assert counts == {"HMMA": 1, "HMMA.F16": 1, "MUFU": 1, "shared": 1, "spilled": 1, "other": 2}
+    assert bound(counts, 64) == pytest.approx(4 * 64 ** 3 / 4 / (32 + 16) * 128 * 4 * 2.52e9 / 1e12)
     assert not inner_loop("/*0000*/ EXIT ;") and bound(inner_loop(""), 64) == 0
 
 
@@ -129,8 +143,9 @@ def test_every_candidate_compiles_and_what_cannot_be_launched_is_marked(tmp_path
 
 LENGTHS = {"lists", "key_blocks", "tokens", "tiles", "far_tiles", "blocks_per_tile", "queries", "keys", "kept",
            "always"}
-CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "START", "INT8", "INTERPRET"},
-             "sum_keys": {"D", "BLOCK", "GATHER"}, "quantise_keys": {"D", "BLOCK", "GATHER"},
+CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COMBINE", "START", "INT8", "HALF",
+                                      "INTERPRET"},
+             "sum_keys": {"D", "BLOCK", "GATHER", "HALF"}, "quantise_keys": {"D", "BLOCK", "GATHER", "COPY"},
              "tile_means_forward": {"D", "BLOCK", "PARTS"}, "score_tiles": {"D", "TILE", "DEPTH"},
              "select_rows": {"ROW"}}
 
@@ -138,10 +153,10 @@ CONSTANTS = {"block_sparse_forward": {"D", "BLOCK", "RETURN_LSE", "GATHER", "COM
 def test_nothing_that_follows_the_sequence_length_is_compiled_in():
     source = (
         "import aot; aot.load_pack()\n"
-        "from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means\n"
+        "from pack.kernels.triton import block_sparse, quantise, select_tiles, tile_means\n"
         "assert not block_sparse.INTERPRET\n"
         "kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,\n"
-        "           select_tiles.select_rows, int8_scores.sum_keys, int8_scores.quantise_keys)\n"
+        "           select_tiles.select_rows, quantise.sum_keys, quantise.quantise_keys)\n"
         "print({k.__name__: {p.name: (p.is_constexpr, p.do_not_specialize) for p in k.params} for k in kernels})\n")
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True,
                           cwd=ROOT / "dev")
@@ -157,7 +172,7 @@ import aot
 aot.load_pack()
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from pack.kernels.triton import block_sparse, int8_scores, select_tiles, tile_means
+from pack.kernels.triton import block_sparse, int8_scores, quantise, select_tiles, tile_means
 
 class NoCard:
     def get_current_target(self): return GPUTarget("cuda", 89, 32)
@@ -196,7 +211,7 @@ print(len(built), len(set(map(id, built))))
 def test_a_clip_of_another_length_compiles_no_fused_kernel_again():
     assert builds("""
 kernels = (block_sparse.block_sparse_forward, tile_means.tile_means_forward, select_tiles.score_tiles,
-           select_tiles.select_rows, int8_scores.sum_keys, int8_scores.quantise_keys)
+           select_tiles.select_rows, quantise.sum_keys, quantise.quantise_keys)
 built = [watch(kernel) for kernel in kernels]
 for batch, tokens, tiles, per_tile, others, k in ((1, 65, 2, 1, 0, 1), (1, 190, 3, 1, 1, 2), (2, 1001, 8, 2, 3, 7),
                                                   (1, 64, 1, 1, 0, 1), (1, 9999, 160, 1, 16, 16)):
