@@ -29,7 +29,7 @@ FAMILIES = {
 """How a graph's name starts: the family it shows, and a colour."""
 TASKS = {"t2v": "text to video", "i2v": "image to video"}
 EXTRAS = {"4step": "4 steps", "3step": "3 steps", "attach_gates": "gates attached", "720p": "720p",
-          "long": "20 seconds", "ltx2": "sound", "minimax": "sound",
+          "raylight": "Raylight", "long": "20 seconds", "ltx2": "sound", "minimax": "sound",
           "strategy_search": "search a strategy", "strategy_load": "use a strategy", "calibrated": "use a calibration",
           "vsa_calibrate": "calibrate"}
 WINDOWS = ((18, 78, 138), (86, 142, 196), (176, 206, 232), (238, 178, 74), (226, 74, 51))
@@ -152,7 +152,8 @@ def card(name):
     """The picture of one graph."""
     graph = graph_of(name)
     family, colour, task = described(name)
-    vsa, sta = widgets(graph, "VideoSparseAttentionPatch"), widgets(graph, "SlidingTileAttentionPatch")
+    vsa = widgets(graph, "VideoSparseAttentionPatch", "SparseAttentionForRaylight")
+    sta = widgets(graph, "SlidingTileAttentionPatch")
     sla = widgets(graph, "SparseLinearAttentionPatch")
     moba = widgets(graph, "VideoMixtureOfBlockAttentionPatch")
     method = "VSA" if vsa else "SLA" if sla else "VMoBA" if moba else "STA"

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import comfy_boot
-from graphs import GRAPHS
+from graphs import GRAPHS, raylight
 from graphs.files import models_of
 from graphs.page import Output, Page
 
@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def definition(node_type):
     """(input names with their types, output names with types) of a node, in the host's order."""
+    if node_type in raylight.NODES:
+        return raylight.NODES[node_type]
     import nodes
     cls = nodes.NODE_CLASS_MAPPINGS[node_type]
     declared = cls.INPUT_TYPES()
@@ -76,7 +78,8 @@ def node_entry(node, links):
         "id": node.id, "type": node.kind, "pos": node.pos, "size": node.size, "flags": {}, "order": node.id - 1,
         "mode": 0, "inputs": inputs,
         "outputs": [{"name": name, "type": kind, "links": []} for name, kind in outputs],
-        "properties": {"Node name for S&R": node.kind, **({"models": models} if models else {})},
+        "properties": {"Node name for S&R": node.kind, **({"models": models} if models else {}),
+                       **({"cnr_id": raylight.PACK} if node.kind in raylight.NODES else {})},
         "widgets_values": widgets, **({"title": node.title} if node.title else {})}
 
 

@@ -1,12 +1,13 @@
 """The example graphs: what dev/make_workflows.py writes into workflows/."""
 from functools import partial
 
-from . import custom_sampling, one_model, strategies, turbowan22, two_models
+from . import custom_sampling, one_model, raylight, strategies, turbowan22, two_models
 
 METHODS = ("vsa", "sta")
 GRAPHS = {
     **{f"wan_t2v_{method}": partial(one_model.wan_t2v, method=method) for method in METHODS},
     "wan_t2v_14b_720p_vsa": one_model.wan_14b_720p,
+    "wan_t2v_14b_raylight_vsa": raylight.text_to_video,
     "wan_t2v_vmoba": partial(one_model.wan_t2v, method="vmoba"),
     "wan_i2v_14b_vsa": one_model.wan_i2v,
     "wan_sta_strategy_search": strategies.search,
