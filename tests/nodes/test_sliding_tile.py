@@ -29,7 +29,7 @@ def test_a_window_over_the_whole_clip_equals_dense(load_tiny, sta, run_of, draw,
 @pytest.mark.parametrize("tile", ["6x8x8", "4x4x4", "2x8x8"])
 def test_every_tile_size_equals_dense_with_a_full_window(wan, sta, run_of, draw, tile):
     patched = sta(wan, "1.0x1.0x1.0", tile_size=tile)
-    assert relative_l2(draw(patched, (9, 20, 24), batch=2), draw(wan, (9, 20, 24), batch=2)) <= 1e-5
+    assert relative_l2(draw(patched, (7, 14, 18), batch=2), draw(wan, (7, 14, 18), batch=2)) <= 1e-5
     assert run_of(patched).summary()[0]["tile"] == [int(side) for side in tile.split("x")]
 
 
