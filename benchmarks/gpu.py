@@ -162,7 +162,7 @@ def own_kernels(device) -> list[str]:
 def facts(device) -> dict:
     """Hardware and versions."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "fastvideo-kernel", "flashinfer-python", "comfy-kitchen"):
+    for name in ("triton", "fastvideo-kernel", "flashinfer-python", "comfy-kitchen", "sageattention"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
 """Other people's attention on the same problem. Each entry gives a function to time, or says why it cannot run here.
 
-Signatures read in fastvideo-kernel 0.3.5, flashinfer-python 0.7.2 and comfy-kitchen 0.2.40.
+Signatures read in fastvideo-kernel 0.3.5, flashinfer-python 0.7.2 and comfy-kitchen 0.2.40; SageAttention's is the one
+that ComfyUI 0.30 calls.
 """
 from __future__ import annotations
 
@@ -39,20 +40,37 @@ def valid_slots(problem: Problem) -> torch.Tensor:
     return (torch.arange(BLOCK, device=problem.q.device) < problem.sizes[:, None]).flatten()
 
 
-def sdpa(backend: str):
+def dense(attend: Callable[..., torch.Tensor]):
+    """What prepares an attention of q, k and v [1, H, tokens, D] to all pairs, which needs no padding."""
     def prepare(problem):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
         valid = valid_slots(problem)
-        q, k, v = (x[:, :, valid].contiguous() for x in heads_first(problem))   # dense attention needs no padding
+        q, k, v = (x[:, :, valid].contiguous() for x in heads_first(problem))
         out = torch.zeros_like(problem.q)
 
         def run():
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return attend(q, k, v)
 
         run.in_tiles = lambda result: out.index_copy_(1, valid.nonzero().flatten(), result.transpose(1, 2))
         return run
     return prepare
+
+
+def sdpa(backend: str):
+    def attend(q, k, v):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return dense(attend)
+
+
+def sage(q, k, v):
+    from sageattention import sageattn
+    return sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+
+
+def int8_attention(q, k, v):
+    import comfy_kitchen
+    return comfy_kitchen.int8_attention(q, k, v)
 
 
 @lru_cache
@@ -115,6 +133,8 @@ def sol_attn(problem):
 PEERS = (
     Peer("dense SDPA, cuDNN", sdpa("CUDNN_ATTENTION"), dense=True),
     Peer("dense SDPA, FlashAttention", sdpa("FLASH_ATTENTION"), dense=True),
+    Peer("SageAttention", dense(sage), "sageattention", dense=True),
+    Peer("comfy-kitchen int8_attention", dense(int8_attention), "comfy_kitchen", dense=True),
     Peer("FlexAttention, same lists", flex_attention),
     Peer("fastvideo-kernel, Triton", fastvideo("block_sparse_attn_triton"), "fastvideo_kernel"),
     Peer("fastvideo-kernel, ThunderKittens", fastvideo("block_sparse_attn_sm90"), "fastvideo_kernel"),

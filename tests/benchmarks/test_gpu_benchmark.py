@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +63,22 @@ def test_the_arguments_are_checked(gpu):
     for wrong in (["--shapes", "H1 1"], ["--lists", "sorted"], ["--sparsities", "most"]):
         with pytest.raises(SystemExit):
             gpu.parse(wrong)
+
+
+@pytest.mark.parametrize(("package", "function", "peer"), [
+    ("sageattention", "sageattn", "SageAttention"),
+    ("comfy_kitchen", "int8_attention", "comfy-kitchen int8_attention")])
+def test_other_packages_dense_attention_gets_the_tokens_alone_heads_first(gpu, monkeypatch, package, function, peer):
+    def attention(q, k, v, **options):
+        assert q.shape == k.shape == v.shape == (1, gpu.TINY.heads, math.prod(gpu.TINY.grid), gpu.TINY.dim)
+        assert options in ({}, {"tensor_layout": "HND", "is_causal": False})
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    stand_in = SimpleNamespace(**{function: attention}, __spec__=ModuleSpec(package, None))
+    monkeypatch.setitem(sys.modules, package, stand_in)
+    problem = gpu.make_problem(gpu.TINY, 0.5, "video", "cpu")
+    rows = {name: gpu.measure(problem, dense, comparable, prepare, 1)
+            for name, dense, comparable, prepare in gpu.contestants(problem) if name == peer}
+    assert rows[peer]["relative_l2"] <= gpu.TOLERANCE and rows[peer]["tflops"] > 0
 
 
 def test_the_shapes_are_those_of_real_clips(gpu):
