@@ -27,8 +27,11 @@ TEXT_DIM = 64
 
 
 def build_wan(heads=1, layers=2, model_type="t2v", cls="WanModel", in_dim=16, out_dim=16, module="model", named=None,
-              named_also=None, **kw):
-    """named: the model type that only the file's metadata can tell, with named_also as further metadata."""
+              named_also=None, known=None, **kw):
+    """named: the model type that only the file's metadata can tell, with named_also as further metadata.   known: the
+    class by which a ComfyUI that knows such a file detects it."""
+    if known:
+        getattr(importlib.import_module("comfy.supported_models"), known)
     wan = importlib.import_module(f"comfy.ldm.wan.{module}")
     if cls != "VaceWanModel":
         kw["model_type"] = model_type
@@ -115,7 +118,7 @@ BUILDERS = {
     "tiny_wan_dancer": partial(build_wan, cls="WanDancerModel", module="model_wandancer", model_type="wandancer",
                                in_dim=36),
     "tiny_wan_flow_rvs": partial(build_wan, named="flow_rvs"),
-    "tiny_wan_causal": partial(build_wan, named_also={"causal_ar": True}),
+    "tiny_wan_causal": partial(build_wan, named_also={"causal_ar": True}, known="WAN21_CausalAR_T2V"),
     "tiny_ltxav": build_ltxav,
     "tiny_cogvideox15": partial(build_cogvideox, patch_size_t=2),
     "tiny_hunyuan_i2v": partial(build_hunyuan, in_channels=33),
