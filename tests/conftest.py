@@ -40,8 +40,9 @@ def pytest_collection_finish():
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown():
-    if len(sys.modules) > FROZEN[0] + 50:      # a library that is imported late
+def pytest_runtest_teardown(item, nextitem):
+    """After the last test of a file, whose models are gone then: libraries are imported late."""
+    if len(sys.modules) > FROZEN[0] + 50 and getattr(nextitem, "path", None) != item.path:
         freeze()
 
 
