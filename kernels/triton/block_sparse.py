@@ -37,7 +37,10 @@ def _weighted(weights, values, acc, decay, HALF: tl.constexpr, INTERPRET: tl.con
 
 @triton.jit
 def _listed_block(listed, stride_ik, place, count, dense, GATHER: tl.constexpr):
-    """The key block at a place of the list, where there is one. A dense query block's list names every block."""
+    """The key block at a place of the list, where there is one. A dense query block's list names every block.
+
+    In 32 bits, which offsets into K and V outgrow: the loop is short of registers.
+    """
     if GATHER:
         block = tl.load(listed + place * stride_ik, mask=(place < count) & (dense == 0), other=0)
         block = tl.where(dense & (place < count), place, block)
