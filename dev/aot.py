@@ -50,9 +50,8 @@ MOST = "gather combine far lse", "int8 gather combine far lse"
 """Variants of the attention kernel: with and without LSE, tokens in place, a softmax that has begun, and the coarse
 branch in the epilogue: what the pack launches, and what holds most. In fp16, whose code differs in the name of a type,
 only those that hold most."""
-MAY_SPILL = 32
-"""Bytes per thread with integer scores, saved before the loop and read back behind it: beside the keys and values of a
-list they are nothing."""
+MAY_SPILL = {"int8 gather": 16, "int8 gather combine": 8}
+"""Bytes per thread at head_dim 128 on sm_120, saved before the loop and read back behind it. No other row spills."""
 ROWS = (500, 1000, 2000, 4096)
 """Tiles to select from: one of every length that `select_tiles.py` compiles for."""
 
@@ -214,8 +213,9 @@ def faults(row):
     card = next(card for capability, card in CARDS.items() if name(capability) == row["arch"])
     if row["in loop"]:
         yield f"{where}: {row['in loop']} instructions of its loop are about spills, wanted 0"
-    if row["spill B"] > (MAY_SPILL if "int8" in row["variant"] else 0):
-        yield f"{where}: spills {row['spill B']} bytes, wanted 0"
+    may = MAY_SPILL.get(row["variant"], 0) if (row["arch"], row["D"], row["dtype"]) == ("sm_120", 128, "bf16") else 0
+    if row["spill B"] > may:
+        yield f"{where}: spills {row['spill B']} bytes, wanted {may}"
     if row["shared KB"] > card.shared_kb:
         yield f"{where}: {row['shared KB']:.0f} KB of shared memory, the card has {card.shared_kb}"
     if row["kernel"] == "block_sparse_forward" and not row["HGMMA" if row["arch"] == "sm_90" else "HMMA"]:

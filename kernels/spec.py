@@ -99,6 +99,8 @@ class KernelSpec:
     """Where the code that ran came from, and why an earlier source of it was skipped; empty before the first use."""
     exact: bool = True
     """Whether it computes attention up to the rounding of its dtype. "auto" takes no other unless it is asked to."""
+    sums_in_half: Callable[[Call], bool] = field(default=lambda call: False)
+    """Whether it sums weights times values of such a call in float16, which its proof then allows for."""
     gathers: Callable[[TileGrid | None], bool] = field(default=lambda grid: False)
     """Whether it reads tokens of such a grid (None: in any order) where the sequence has them, or is given copies."""
 

@@ -10,6 +10,7 @@ import torch
 
 from .. import gathered, tile_grid
 from ..spec import KernelSpec
+from .configs import sums_in_half
 from .install import advice, too_old
 
 HERE = Path(__file__).parent
@@ -60,6 +61,7 @@ SPEC = KernelSpec(
 )
 
 INT8_SPEC = replace(SPEC, name="triton_int8", load=_load_int8, exact=False,
+                    sums_in_half=lambda call: sums_in_half(call.capability),
                     files=(*SPEC.files, HERE / "int8_scores.py"))
 MEANS_SPEC = replace(SPEC, name="triton_tile_means", proves="tile means", load=_load_means,
                      files=(HERE / "tile_means.py",))

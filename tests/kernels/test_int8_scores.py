@@ -164,8 +164,8 @@ def test_the_error_against_exact_attention_is_that_of_8_bits(run, kind, bound, d
     assert (lse.double() - exact_lse).abs().max() <= 0.05, "the mean of the keys is in it"
 
 
-IN_HALF = {torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
-"""The interpreter rounds 64 times to float16 where a tensor core does 4 times."""
+IN_HALF = {torch.float16: 6e-4, torch.bfloat16: 8e-3}
+"""The interpreter rounds to float16 once for 64 weights times values, where a tensor core does so 4 times."""
 
 
 def differences(run, named):

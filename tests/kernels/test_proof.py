@@ -156,12 +156,28 @@ def test_the_triton_kernels_are_proven_in_the_interpreter(worker, module, proves
             return tuple(None if x is None else y.copy_(x) for x, y in zip(found, (buffers["out"], buffers.get("lse"))))
         return buffers["out"].copy_(found)
 
-    exact = module != "int8_scores"
-    found = run_proof(spec_of(run, proves=proves, exact=exact), Call.on(CPU, dtype, 64), CPU)
+    exact, called = module != "int8_scores", Call.on(CPU, dtype, 64)
+    found = run_proof(spec_of(run, proves=proves, exact=exact, sums_in_half=lambda call: bool(half)), called, CPU)
     assert found.passed, found.reason
     if not exact:
-        found = run_proof(spec_of(run, proves=proves), Call.on(CPU, dtype, 64), CPU)
+        found = run_proof(spec_of(run, proves=proves), called, CPU)
         assert not found.passed, "exact it is not"
+
+
+def test_only_a_kernel_that_sums_in_float16_on_this_card_is_allowed_what_that_costs():
+    def off_by_a_thousandth(*operands, **buffers):
+        found = right(*operands, **buffers)
+        found[0].mul_(1.001)
+        return found
+
+    def verdict(dtype, in_half):
+        return run_proof(spec_of(off_by_a_thousandth, sums_in_half=lambda call: in_half), Call.on(CPU, dtype, 64), CPU)
+    assert verdict(torch.float16, True).passed and verdict(torch.float16, True).worst > 9e-4
+    assert "allowed 6e-04" in verdict(torch.float16, False).reason
+    assert "allowed 1e-05" in verdict(torch.float32, True).reason
+    half = {spec.name for spec in kernels.KERNELS if spec.sums_in_half(dataclasses.replace(CALL, capability=(8, 9)))}
+    assert half == {"triton_int8"}
+    assert not any(spec.sums_in_half(dataclasses.replace(CALL, capability=(9, 0))) for spec in kernels.KERNELS)
 
 
 def operands(dtype=torch.float32):
