@@ -25,9 +25,10 @@ from load_pack import load_pack  # noqa: E402
 
 load_pack()
 from pack.quality import judge, methods  # noqa: E402
+from pack.quality.gated import tiles_of, tokens_of  # noqa: E402
 from pack.quality.table import KEPT, SEED, begin  # noqa: E402
 
-GRID, TILE = (8, 16, 16), (4, 4, 4)
+GRID = 8, 16, 16
 SHARES, DENSE_STEPS, EVERY = (0.1, 0.2, 0.3), 3, 20
 DENSE = "dense"
 WAYS = {
@@ -40,20 +41,6 @@ WAYS = {
 }
 
 ON_CLIPS = tuple(WAYS)[:-1]
-
-
-def in_tiles(x):
-    """[B, H, tokens, D] in raster order -> [B, H, tiles, tokens of a tile, D]"""
-    (t, h, w), (a, b, c) = GRID, TILE
-    x = x.reshape(*x.shape[:2], t // a, a, h // b, b, w // c, c, x.shape[-1])
-    return x.permute(0, 1, 2, 4, 6, 3, 5, 7, 8).flatten(5, 7).flatten(2, 4)
-
-
-def in_raster(x):
-    """`in_tiles` undone."""
-    (t, h, w), (a, b, c) = GRID, TILE
-    x = x.unflatten(3, TILE).unflatten(2, (t // a, h // b, w // c)).permute(0, 1, 2, 5, 3, 6, 4, 7, 8)
-    return x.flatten(2, 7)
 
 
 def answers(q, k, v, share, ways):
@@ -107,17 +94,17 @@ def answers(q, k, v, share, ways):
 
 
 def attention_of(model, attend):
-    """A clone of the model whose self-attention is attend(q, k, v, transformer options) of [B, H, tokens, D], or its
+    """A clone of the model whose self-attention is attend(q, k, v, transformer options) of [B, tokens, H, D], or its
     own where that gives None."""
     clone = model.clone()
 
     def override(func, q, k, v, *args, **kwargs):
         if q.shape[-2] == k.shape[-2]:
             heads = args[0] if args else kwargs["heads"]
-            parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+            parts = [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
             found = attend(*parts, kwargs["transformer_options"])
             if found is not None:
-                return found.transpose(1, 2).flatten(2)
+                return found.flatten(2)
         return func(q, k, v, *args, **kwargs)
     clone.model_options["transformer_options"]["optimized_attention_override"] = override
     return clone
@@ -130,7 +117,7 @@ def errors_of_calls(seed):
 
     def look(q, k, v, options):
         if next(calls) % EVERY == 0:
-            parts = [in_tiles(x[:1].double()) for x in (q, k, v)]
+            parts = [tiles_of(x[:1].double(), GRID) for x in (q, k, v)]
             for share in SHARES:
                 several = answers(*parts, share, (DENSE, *WAYS))
                 exact = several.pop(DENSE)
@@ -146,7 +133,8 @@ def error_of_a_clip(seed, way, share):
     def approximate(q, k, v, options):
         step = int((options["sample_sigmas"] > options["sigmas"].max() + 1e-6).sum())
         if step >= DENSE_STEPS:
-            return in_raster(answers(*map(in_tiles, (q, k, v)), share, (way,))[way])
+            tiles = [tiles_of(x, GRID) for x in (q, k, v)]
+            return tokens_of(answers(*tiles, share, (way,))[way], GRID)
     return judge.relative(clips.sample(attention_of(clips.load("dense"), approximate), seed), dense_clip(seed))
 
 

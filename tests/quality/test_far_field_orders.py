@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from pack.quality.far_field_orders import DENSE, GRID, TILE, WAYS, answers, in_raster, in_tiles
+from pack.quality.far_field_orders import DENSE, GRID, WAYS, answers
+from pack.quality.gated import TILE, tiles_of, tokens_of
 from pack.vsa_core.backends.video_sparse_attn import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder
 
 TOKENS = GRID[0] * GRID[1] * GRID[2]
@@ -10,29 +11,22 @@ TOKENS = GRID[0] * GRID[1] * GRID[2]
 
 @pytest.fixture(scope="module")
 def tensors():
-    return torch.randn(3, 1, 1, TOKENS, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def test_tiles_are_taken_apart_and_put_together(tensors):
-    tiles = in_tiles(tensors[0])
-    assert tiles.shape == (1, 1, 32, 64, 16) and torch.equal(in_raster(tiles), tensors[0])
-    grid = tensors[0, 0, 0].unflatten(0, GRID)
-    assert torch.equal(tiles[0, 0, 1].reshape(*TILE, 16), grid[:4, :4, 4:8])
+    return torch.randn(3, 1, TOKENS, 1, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def test_dense_and_the_far_field_are_the_packs_own(tensors):
     q, k, v = tensors
-    found = answers(*map(in_tiles, tensors), 0.25, (DENSE, "far field"))
-    assert torch.allclose(in_raster(found[DENSE]), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    found = answers(*(tiles_of(x, GRID) for x in tensors), 0.25, (DENSE, "far field"))
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    assert torch.allclose(tokens_of(found[DENSE], GRID), dense.transpose(1, 2))
     metadata = VideoSparseAttentionMetadataBuilder().build(
         0, raw_latent_shape=GRID, patch_size=(1, 1, 1), VSA_sparsity=0.75, device="cpu", tile_size=TILE)
-    own = VideoSparseAttentionImpl(1, 16, backend="reference", far_field=True).attend(
-        *(x.transpose(1, 2) for x in tensors), metadata)
-    assert torch.allclose(in_raster(found["far field"]), own.transpose(1, 2), atol=1e-7)
+    own = VideoSparseAttentionImpl(1, 16, backend="reference", far_field=True).attend(q, k, v, metadata)
+    assert torch.allclose(tokens_of(found["far field"], GRID), own, atol=1e-7)
 
 
 def test_every_way_is_exact_where_tiles_are_as_it_takes_them_to_be(tensors):
-    q, k, v = map(in_tiles, tensors)
+    q, k, v = (tiles_of(x, GRID) for x in tensors)
     k, v = (x[:, :, :, :1].expand_as(x) for x in (k, v))
     found = answers(q, k, v, 0.25, (DENSE, *WAYS))
     exact = found.pop(DENSE)
